@@ -1,0 +1,1 @@
+"""Everything that computes. Only `host` imports comfy."""
