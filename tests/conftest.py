@@ -23,7 +23,7 @@ def _load_comfyui() -> None:
     import comfy.options
 
     comfy.options.enable_args_parsing()
-    import comfy.cli_args  # noqa: F401  (parses sys.argv at import)
+    import comfy.cli_args  # parses sys.argv at import
 
     sys.argv = argv
 
@@ -32,7 +32,8 @@ def _load_pack() -> None:
     spec = importlib.util.spec_from_file_location(
         PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
     )
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[PACK] = module
     spec.loader.exec_module(module)

@@ -1,0 +1,106 @@
+"""The parts of a Wan transformer block, so that they can run on some of the tokens at a time.
+
+The block's own modules are called (never their weights): offloaded, quantised and LoRA-patched
+layers work as in the stock forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import host
+
+
+@dataclass(frozen=True)
+class Text:
+    """What cross-attention reads: embedded text, image features first where the model has them."""
+
+    tokens: Tensor
+    """[B, L, C]"""
+    image_tokens: int | None
+
+    def of(self, item: int) -> Text:
+        """The text of one batch item."""
+        return Text(self.tokens[item : item + 1], self.image_tokens)
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """Shift, scale and gate of one block for one batch item, per frame where timesteps differ."""
+
+    rows: tuple[Tensor, ...]
+    """Six tensors [1 or frames, C]: shift, scale, gate of attention, then of the feed-forward."""
+
+    @classmethod
+    def of(cls, block: Any, e0: Tensor) -> Modulation:
+        """e0 [1 or frames, 6, C], the projected time embedding of one batch item."""
+        return cls((host.cast(block.modulation, e0) + e0).unbind(1))
+
+    @property
+    def per_frame(self) -> bool:
+        return len(self.rows[0]) > 1
+
+    def of_tokens(self, frames: Tensor | None) -> Modulation:
+        """For tokens [n, C] that lie in the given frames [n]; None where all share one row."""
+        if not self.per_frame:
+            return self
+        return Modulation(tuple(row[frames] for row in self.rows))
+
+    def part(self, start: int, stop: int) -> Modulation:
+        """For tokens start to stop of those that this modulation is for."""
+        if not self.per_frame:
+            return self
+        return Modulation(tuple(row[start:stop] for row in self.rows))
+
+
+def queries(attention: Any, x: Tensor) -> Tensor:
+    """Normalised queries [B, L, C], before rotation."""
+    return attention.norm_q(attention.q(x))
+
+
+def keys(attention: Any, x: Tensor) -> Tensor:
+    """Normalised keys [B, L, C], before rotation."""
+    return attention.norm_k(attention.k(x))
+
+
+def rotate(x: Tensor, heads: int, freqs: Tensor) -> Tensor:
+    """RoPE on [B, L, C] with rotations [1 or B, L, 1, d/2, 2, 2]."""
+    return host.apply_rope(x.unflatten(-1, (heads, -1)), freqs).flatten(-2)
+
+
+def attention_input(block: Any, x: Tensor, modulation: Modulation) -> Tensor:
+    """The modulated, normalised tokens [1, n, C] that self-attention reads."""
+    shift, scale = modulation.rows[:2]
+    return torch.addcmul(shift, block.norm1(x), 1 + scale)
+
+
+def attention_output(block: Any, x: Tensor, attended: Tensor, modulation: Modulation) -> Tensor:
+    """x [1, n, C] with the attended values projected, gated and added."""
+    return torch.addcmul(x, block.self_attn.o(attended), modulation.rows[2])
+
+
+def per_token(block: Any, x: Tensor, modulation: Modulation, text: Text, options: dict) -> Tensor:
+    """Cross-attention and feed-forward of tokens x [1, n, C]: nothing here sees another token."""
+    x = x + block.cross_attn(
+        block.norm3(x), text.tokens, context_img_len=text.image_tokens, transformer_options=options
+    )
+    for patch in options.get("patches", {}).get("attn2_patch", ()):
+        x = patch({"x": x, "transformer_options": options})
+    shift, scale, gate = modulation.rows[3:]
+    return torch.addcmul(x, block.ffn(torch.addcmul(shift, block.norm2(x), 1 + scale)), gate)
+
+
+def per_token_in_chunks(
+    block: Any, x: Tensor, modulation: Modulation, text: Text, options: dict, chunk: int
+) -> None:
+    """`per_token` in place on x [1, n, C], `chunk` tokens at a time."""
+
+    def compute(start: int, stop: int) -> None:
+        part = modulation.part(start, stop)
+        x[:, start:stop] = per_token(block, x[:, start:stop], part, text, options)
+
+    host.in_chunks(x.shape[1], chunk, compute)

@@ -1,0 +1,62 @@
+"""What lives for one sampling run and is freed with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from . import host
+
+KEY = "atlasvid"
+
+
+class SamplingRun:
+    """State of one call of a sampler: the guide's noise and its keys and values.
+
+    Created when sampling starts, reachable by the forward through `transformer_options`, emptied
+    when sampling ends, fails or is cancelled.
+    """
+
+    def __init__(self, seed: int):
+        self.seed = seed
+        self.guide_keys: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
+        self._noise: Tensor | None = None
+
+    def noise_like(self, latent: Tensor) -> Tensor:
+        """The run's one noise for the guide latent, the stock sampler's for the same seed."""
+        if self._noise is None:
+            self._noise = host.seeded_noise(latent, self.seed)
+        return self._noise
+
+    def close(self) -> None:
+        """Drop every tensor."""
+        self.guide_keys.clear()
+        self._noise = None
+
+
+def run_of(options: dict) -> SamplingRun:
+    """The run that a forward belongs to; a forward outside of sampling gets one of its own."""
+    return options.get(KEY) or SamplingRun(seed=0)
+
+
+def open_run(executor: Any, noise: Tensor, latent_image: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """OUTER_SAMPLE wrapper: gives the sampling call a run and frees it whatever happens.
+
+    Raises:
+        ValueError: the latent to start from is not finite.
+    """
+    if not latent_image.isfinite().all():
+        raise ValueError(
+            "The latent to sample from contains NaN or infinite values. An earlier stage broke: "
+            "check its model, precision and LoRA strengths."
+        )
+    seed = kwargs.get("seed", args[5] if len(args) > 5 else None)
+    run = SamplingRun(seed or 0)
+    options = executor.class_obj.model_options.setdefault("transformer_options", {})
+    options[KEY] = run
+    try:
+        return executor(noise, latent_image, *args, **kwargs)
+    finally:
+        options.pop(KEY, None)
+        run.close()
