@@ -415,7 +415,7 @@ class GuideStream:
     def _timestep(self) -> Tensor:
         """The guide's timestep [B] or [B, F_g]: 0 when clean, the target's when matched."""
         if self.clean:
-            return torch.zeros_like(self.timestep[..., :1].reshape(len(self.timestep)))
+            return self.timestep.new_zeros(len(self.timestep))
         if self.timestep.ndim == 1 or self.timestep.shape[1] == 1:
             return self.timestep
         stride = self.plan.temporal_stride

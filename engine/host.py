@@ -14,8 +14,8 @@ import comfy.ldm.wan.model
 import comfy.ldm.wan.vae
 import comfy.model_base
 import comfy.model_management
-import comfy.patcher_extension
 import comfy.ops
+import comfy.patcher_extension
 import comfy.sample
 import comfy.sd
 import torch

@@ -2,12 +2,30 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .detail import (
+    AtlasVidDetailLatent,
+    AtlasVidHierarchicalAttention,
+    AtlasVidStructureGuidance,
+)
+from .plan import AtlasVidPlan
+from .rope import AtlasVidRoPE
+from .tiny import AtlasVidTinyModels
+
+NODES: list[type[io.ComfyNode]] = [
+    AtlasVidPlan,
+    AtlasVidRoPE,
+    AtlasVidDetailLatent,
+    AtlasVidHierarchicalAttention,
+    AtlasVidStructureGuidance,
+    AtlasVidTinyModels,
+]
+
 
 class AtlasVidExtension(ComfyExtension):
     """Lists the node classes for ComfyUI."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return []
+        return NODES
 
 
 async def comfy_entrypoint() -> AtlasVidExtension:

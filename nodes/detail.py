@@ -1,0 +1,169 @@
+"""The detail branch: its latent, its attention, its optional guidance."""
+
+from comfy_api.latest import io
+
+from ..engine.detail import GUIDE_NOISE, apply_detail_branch, preset_window
+from ..engine.grid import Grid
+from ..engine.guidance import apply_structure_guidance
+from ..engine.latents import require_proxy, upscale_proxy
+from .types import CATEGORY, PlanType
+
+
+class AtlasVidDetailLatent(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="AtlasVidDetailLatent",
+            display_name="AtlasVid Detail Latent",
+            category=CATEGORY,
+            description="The proxy resampled in space and time onto the target's grid. Sample "
+            "from it with denoise below 1 to refine the proxy, or with denoise 1 for its shape.",
+            search_aliases=["latent upscale video", "resample latent"],
+            inputs=[
+                PlanType.Input("plan", tooltip="The plan that the proxy was made from."),
+                io.Latent.Input("proxy", tooltip="The sampled proxy."),
+            ],
+            outputs=[io.Latent.Output("latent", tooltip="Latent of the target's size.")],
+        )
+
+    @classmethod
+    def execute(cls, plan, proxy) -> io.NodeOutput:
+        require_proxy(proxy["samples"], plan)
+        return io.NodeOutput({"samples": upscale_proxy(proxy["samples"], plan)})
+
+
+class AtlasVidHierarchicalAttention(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="AtlasVidHierarchicalAttention",
+            display_name="AtlasVid Hierarchical Attention",
+            category=CATEGORY,
+            description="Lets the model sample the plan's large, long target: every token attends "
+            "to its own window and to the part of the proxy that shows the same place and time.",
+            search_aliases=["window attention", "detail branch", "4k sampling"],
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="The Wan model that samples the target, without AtlasVid RoPE.",
+                ),
+                PlanType.Input("plan", tooltip="The plan of the video."),
+                io.DynamicCombo.Input(
+                    "window",
+                    options=[
+                        io.DynamicCombo.Option("compact", []),
+                        io.DynamicCombo.Option("trained size", []),
+                        io.DynamicCombo.Option(
+                            "custom",
+                            [
+                                io.Int.Input(
+                                    name,
+                                    default=default,
+                                    min=1,
+                                    max=512,
+                                    tooltip=f"Tokens of a window along the {axis}.",
+                                )
+                                for name, default, axis in (
+                                    ("frames", 4, "time axis (one token is one latent frame)"),
+                                    ("height", 16, "height (one token is 16 pixels)"),
+                                    ("width", 16, "width (one token is 16 pixels)"),
+                                )
+                            ],
+                        ),
+                    ],
+                    tooltip="compact: 4 x 16 x 16 tokens, fastest, for use with a guide LoRA. "
+                    "trained size: the proxy's own grid, for the model as it is. "
+                    "custom: your own sizes.",
+                ),
+                io.Combo.Input(
+                    "overlap",
+                    options=["shifted"],
+                    default="shifted",
+                    tooltip="shifted: windows move by half their size on every other block, so "
+                    "that no border stays.",
+                ),
+                io.Combo.Input(
+                    "guide_noise",
+                    options=list(GUIDE_NOISE),
+                    default="matched",
+                    tooltip="matched: the proxy is noised to the step's level, for the model as "
+                    "it is. clean: the proxy as it is, for use with a guide LoRA.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Part of the sampling at which this begins. Before it the model's own "
+                    "full attention runs, which is slow at large sizes.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Part of the sampling at which this ends. After it the model's own "
+                    "full attention runs, which is slow at large sizes.",
+                ),
+                io.Latent.Input(
+                    "proxy",
+                    optional=True,
+                    tooltip="The sampled proxy that guides the target. Without it, windows only.",
+                ),
+            ],
+            outputs=[io.Model.Output("model", tooltip="The model, ready to sample the target.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, plan, window, overlap, guide_noise, start_percent, end_percent, proxy=None
+    ) -> io.NodeOutput:
+        custom = Grid(*(window.get(side, 1) for side in ("frames", "height", "width")))
+        size = preset_window(window["window"], plan, custom)
+        samples = None if proxy is None else proxy["samples"]
+        return io.NodeOutput(
+            apply_detail_branch(model, plan, samples, size, guide_noise, start_percent, end_percent)
+        )
+
+
+class AtlasVidStructureGuidance(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="AtlasVidStructureGuidance",
+            display_name="AtlasVid Structure Guidance",
+            category=CATEGORY,
+            description="Keeps the target's coarse structure and motion on the proxy's while "
+            "noise is high. Details finer than the proxy are left alone.",
+            search_aliases=["low pass guidance", "keep composition"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that samples the target."),
+                PlanType.Input("plan", tooltip="The plan of the video."),
+                io.Latent.Input("proxy", tooltip="The sampled proxy to follow."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="How far the coarse structure is moved to the proxy's at the highest "
+                    "noise; it fades out as a cosine. 0 turns it off.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=0.6,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Part of the sampling after which the target is left to itself.",
+                ),
+            ],
+            outputs=[io.Model.Output("model", tooltip="The model with structure guidance.")],
+        )
+
+    @classmethod
+    def execute(cls, model, plan, proxy, strength, end_percent) -> io.NodeOutput:
+        samples = proxy["samples"]
+        return io.NodeOutput(apply_structure_guidance(model, plan, samples, strength, end_percent))

@@ -1,0 +1,82 @@
+import pytest
+import scipy.fft
+import torch
+from atlasvid.engine.grid import Grid
+from atlasvid.engine.guidance import LowPass, apply_structure_guidance, guidance_weight
+from atlasvid.engine.latents import upscale_proxy
+from wan import plan_of, rand, small_wan
+
+PLAN = plan_of((5, 16, 24), (2, 8, 12))
+
+
+@pytest.fixture(scope="module")
+def wan():
+    return small_wan()
+
+
+def bands(x):
+    """Low and high band of [B, C, T, H, W], by scipy's cosine transform."""
+    modes = scipy.fft.dctn(x.double().numpy(), axes=(2, 3, 4), norm="ortho")
+    low = modes.copy()
+    low[:, :, 2:] = 0
+    low[:, :, :, 8:] = 0
+    low[:, :, :, :, 12:] = 0
+
+    def back(m):
+        return torch.from_numpy(scipy.fft.idctn(m, axes=(2, 3, 4), norm="ortho"))
+
+    return back(low), back(modes - low)
+
+
+def run(model, denoised, sigma):
+    for function in model.model_options.get("sampler_post_cfg_function", []):
+        denoised = function({"denoised": denoised, "sigma": torch.tensor([sigma])})
+    return denoised
+
+
+def test_low_pass_is_a_projection():
+    low_pass, x = LowPass(Grid(5, 16, 24), Grid(2, 8, 12)), rand(2, 3, 5, 16, 24).double()
+    once = low_pass.synthesise(low_pass.analyse(x))
+    twice = low_pass.synthesise(low_pass.analyse(once))
+    assert torch.allclose(once, bands(x)[0], atol=1e-10)
+    assert torch.allclose(once, twice, atol=1e-10)
+
+
+def test_low_band_becomes_the_proxys_and_high_band_stays(wan):
+    proxy, denoised = rand(1, 16, 2, 8, 12, seed=1), rand(1, 16, 5, 16, 24, seed=2)
+    guided = run(apply_structure_guidance(wan, PLAN, proxy, 1.0, 0.6), denoised, 1.0)
+    wanted = upscale_proxy(wan.model.latent_format.process_in(proxy), PLAN)
+    low, high = bands(guided)
+    assert torch.allclose(low, bands(wanted)[0], atol=1e-5)
+    assert torch.allclose(high, bands(denoised)[1], atol=1e-5)
+    assert not torch.allclose(low, bands(denoised)[0], atol=1e-2)
+
+
+def test_half_strength_goes_half_way(wan):
+    proxy, denoised = rand(1, 16, 2, 8, 12, seed=1), rand(1, 16, 5, 16, 24, seed=2)
+    full = run(apply_structure_guidance(wan, PLAN, proxy, 1.0, 0.6), denoised, 1.0)
+    half = run(apply_structure_guidance(wan, PLAN, proxy, 0.5, 0.6), denoised, 1.0)
+    assert torch.allclose(half, (full + denoised) / 2, atol=1e-5)
+
+
+def test_strength_zero_and_late_steps_change_nothing(wan):
+    proxy, denoised = rand(1, 16, 2, 8, 12, seed=1), rand(1, 16, 5, 16, 24, seed=2)
+    assert torch.equal(
+        run(apply_structure_guidance(wan, PLAN, proxy, 0.0, 0.6), denoised, 1.0), denoised
+    )
+    guided = apply_structure_guidance(wan, PLAN, proxy, 1.0, 0.6)
+    end = wan.get_model_object("model_sampling").percent_to_sigma(0.6)
+    assert torch.equal(run(guided, denoised, float(end)), denoised)
+    assert torch.equal(run(guided, denoised, 0.1), denoised)
+    assert not torch.equal(run(guided, denoised, float(end) + 0.05), denoised)
+
+
+def test_weight_falls_as_a_cosine():
+    weights = [guidance_weight(s, 0.5) for s in (1.0, 0.75, 0.5, 0.2)]
+    assert weights == pytest.approx([1.0, 0.5, 0.0, 0.0])
+
+
+def test_another_latent_size_is_refused(wan):
+    guided = apply_structure_guidance(wan, PLAN, rand(1, 16, 2, 8, 12), 1.0, 0.6)
+    with pytest.raises(ValueError, match="planned for a latent of 5 x 16 x 24"):
+        run(guided, rand(1, 16, 5, 16, 16), 1.0)
