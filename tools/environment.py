@@ -216,7 +216,7 @@ def _explain(output: str, log: Path) -> str:
     elif "No matching distribution found" in output:
         cause = (
             f"a package has no build for this Python ({platform.python_version()}, "
-            f"{platform.machine()}), or the index lacks it. Python 3.11 to 3.13 are known to work"
+            f"{platform.machine()}), or the index lacks it. Try Python 3.11, 3.12 or 3.13"
         )
     else:
         cause = "pip failed"
