@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from environment import ROOT, SetupError, say
+from environment import ROOT, SetupError
 from websocket_client import WebSocket
 
 PACK = "atlasvid"
@@ -118,7 +118,9 @@ def link_pack(base: Path) -> None:
 def share_models(base: Path, comfyui: Path) -> list[str]:
     """Options that let a server on `base` find the model files in `comfyui`'s own folder."""
     folders = {
-        folder.name: f"{folder.name}/" for folder in (comfyui / "models").iterdir() if folder.is_dir()
+        folder.name: f"{folder.name}/"
+        for folder in (comfyui / "models").iterdir()
+        if folder.is_dir()
     }
     paths = base / "extra_model_paths.yaml"  # JSON is YAML
     models = {"base_path": str(comfyui / "models"), **folders}
@@ -244,13 +246,14 @@ class Session:
         except urllib.error.HTTPError as error:
             raise PromptRejected(json.loads(error.read())) from None
         if answer.get("node_errors"):  # one output is valid, another is not: the core runs the rest
-            self.interrupt()
+            request(f"{self.address}/queue", {"delete": [answer["prompt_id"]]})
+            self.interrupt(answer["prompt_id"])
             raise PromptRejected(answer)
         return answer["prompt_id"]
 
-    def interrupt(self) -> None:
-        """Cancels what runs now."""
-        request(f"{self.address}/interrupt", {})
+    def interrupt(self, prompt_id: str) -> None:
+        """Cancels the prompt if it is the one that runs."""
+        request(f"{self.address}/interrupt", {"prompt_id": prompt_id})
 
     def history(self, prompt_id: str) -> dict[str, Any]:
         """The finished prompt's record: status, messages and outputs per node."""
@@ -299,9 +302,12 @@ def output_files(history: Mapping[str, Any], output: Path) -> list[Path]:
     ]
 
 
-def require_nodes(server: Server, known: Mapping[str, Any], prompt: Prompt) -> None:
-    """Raises ServerError when the server lacks a node of `prompt`, with what it logged."""
-    missing = sorted({node["class_type"] for node in prompt.values()} - set(known))
+def require_nodes(server: Server, known: Mapping[str, Any], workflow: Mapping[str, Any]) -> None:
+    """Raises ServerError when the server lacks one of the pack's nodes, with what it logged."""
+    used = {node["type"] for node in workflow["nodes"]}
+    missing = sorted(kind for kind in used - set(known) if kind.startswith("AtlasVid"))
     if missing:
-        say(f"this ComfyUI lacks: {', '.join(missing)}")
-        raise ServerError(f"nodes are missing; ComfyUI's log ends:\n{server.log_tail()}")
+        raise ServerError(
+            f"the pack did not load ({', '.join(missing)} missing); ComfyUI's log ends:\n"
+            f"{server.log_tail()}"
+        )

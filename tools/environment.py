@@ -20,6 +20,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -232,12 +233,18 @@ def python_in(folder: Path) -> Path:
     return folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
 
 
+def missing_venv_package() -> str | None:
+    """Debian's package that this Python needs to create virtual environments, if it needs one."""
+    if all(importlib.util.find_spec(name) for name in ("venv", "ensurepip")):
+        return None
+    return f"python3.{sys.version_info.minor}-venv"
+
+
 def require_venv() -> None:
     """Raises SetupError unless this Python can create virtual environments with pip."""
     if sys.version_info < OLDEST_PYTHON:
         raise SetupError(f"Python 3.11 or newer is needed; this is {platform.python_version()}")
-    if any(importlib.util.find_spec(name) is None for name in ("venv", "ensurepip")):
-        package = f"python3.{sys.version_info.minor}-venv"
+    if package := missing_venv_package():
         raise SetupError(
             f"this Python ({sys.executable}) cannot create virtual environments. "
             f"On Debian and Ubuntu: apt-get install {package}"
@@ -263,7 +270,9 @@ def create_venv(folder: Path) -> Path:
 
 def _runs(python: Path, *arguments: str) -> bool:
     command = [str(python), *arguments]
-    return python.exists() and not subprocess.run(command, capture_output=True, check=False).returncode
+    return (
+        python.exists() and not subprocess.run(command, capture_output=True, check=False).returncode
+    )
 
 
 def venv_folder(cache: Path, base: Layer) -> Path:
@@ -392,6 +401,7 @@ def remove_leftovers(cache: Path) -> None:
 
 def stop_on_errors(main: Callable[[], int]) -> None:
     """Runs a tool's `main` and exits with its code; known errors are shown without a traceback."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that servers are stopped
     try:
         code = main()
     except SetupError as error:

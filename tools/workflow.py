@@ -74,7 +74,10 @@ class Input:
         """The inputs that a dynamic combo shows for `choice`, named "<combo>.<input>"."""
         for option in self.options["options"]:
             if option["key"] == choice:
-                shown = {**option["inputs"].get("required", {}), **option["inputs"].get("optional", {})}
+                shown = {
+                    **option["inputs"].get("required", {}),
+                    **option["inputs"].get("optional", {}),
+                }
                 return [Input.parse(f"{self.name}.{name}", spec) for name, spec in shown.items()]
         return []
 
@@ -111,7 +114,9 @@ def sent_value(widget: Input, value: Any) -> Any:
     if isinstance(value, str) and widget.options.get("dynamicPrompts"):
         value = re.sub(r"/\*.*?\*/|//[^\n]*", "", value, flags=re.DOTALL)
         if re.search(r"[{}\\]", value):
-            raise WorkflowError(f"the text {value!r} asks for a random choice: {{ }} and \\ do that")
+            raise WorkflowError(
+                f"the text {value!r} asks for a random choice: {{ }} and \\ do that"
+            )
     if isinstance(value, str) and widget.name == "filename_prefix" and "%" in value:
         raise WorkflowError(f"the file name {value!r} holds %...%, which only the browser fills in")
     return value
@@ -141,7 +146,7 @@ class Graph:
         return node["type"] in self.definitions and node.get("mode") not in (MUTED, BYPASSED)
 
     def slots(self, node: Json) -> list[tuple[str, str, int | None]]:
-        """(name, type, link id) of a node's inputs: sockets, then widgets, then those added later."""
+        """(name, type, link id) of a node's inputs: sockets, widgets, then added ones."""
         saved = {slot["name"]: slot for slot in node.get("inputs") or []}
         defined: list[Input] = []
         if node["type"] in self.definitions:
