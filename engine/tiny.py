@@ -21,9 +21,7 @@ def random_weights(module: nn.Module, seed: int) -> dict[str, Tensor]:
     """Seeded weights for every parameter: matrices keep their input's scale, norms stay near 1."""
     generator = torch.Generator().manual_seed(seed)
     norms = {
-        name
-        for name, part in module.named_modules()
-        if isinstance(part, (nn.LayerNorm, nn.RMSNorm))
+        name for name, part in module.named_modules() if isinstance(part, (nn.LayerNorm, nn.RMSNorm))
     }
     state = {}
     for name, value in module.state_dict().items():

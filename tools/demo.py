@@ -42,8 +42,8 @@ def arguments() -> argparse.Namespace:
         "--comfyui",
         type=Path,
         metavar="PATH",
-        help="use this ComfyUI instead of fetching one (so do COMFYUI_PATH and a clone of this pack "
-        "in a ComfyUI's custom_nodes folder)",
+        help="use this ComfyUI instead of fetching one (so do COMFYUI_PATH and a clone in its "
+        "custom_nodes folder)",
     )
     parser.add_argument(
         "--python",
