@@ -44,6 +44,8 @@ class Input:
         options = spec[1] if len(spec) > 1 else {}
         if isinstance(spec[0], list):
             return Input(name, "COMBO", {"options": spec[0], **options})
+        if spec[0] == "COMFY_MATCHTYPE_V3":
+            return Input(name, options["template"]["allowed_types"], options)
         return Input(name, spec[0], options)
 
     @property
