@@ -1,0 +1,81 @@
+"""Sets up what the tests need, checks the style and the types, and runs the tests.
+
+Arguments go to pytest: `python tools/test.py tests/engine -k windows`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from environment import (
+    COMFYUI,
+    COMFYUI_OLDEST,
+    ROOT,
+    SetupError,
+    missing_venv_package,
+    prepare,
+    say,
+    stop_on_errors,
+)
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+def provide_system_packages() -> None:
+    """Installs what only the system's package manager has. Raises SetupError where it cannot."""
+    wanted = [package] if (package := missing_venv_package()) else []
+    if not any(shutil.which(browser) for browser in BROWSERS):
+        wanted.append("chromium")
+    if not wanted:
+        return
+    names = " ".join(wanted)
+    if not shutil.which("apt-get") or os.geteuid() != 0:
+        raise SetupError(
+            f"the tests need {names}. On Debian and Ubuntu: sudo apt-get install {names}"
+        )
+    say(f"installing {names}")
+    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for step in (["update"], ["install", "-y", "--no-install-recommends", *wanted]):
+        done = subprocess.run(
+            ["apt-get", "-q", *step], env=quiet, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise SetupError(f"apt-get {step[0]} failed:\n{done.stderr.strip()}")
+
+
+def run(*command: str | Path, **environment: str) -> int:
+    say(" ".join(str(part) for part in command[2:]))
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, check=False
+    ).returncode
+
+
+def main() -> int:
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
+    provide_system_packages()
+    setup = prepare((COMFYUI, COMFYUI_OLDEST), tests=True)
+    python = setup.python
+    checks = [
+        run(python, "-m", "ruff", "check", "."),
+        run(python, "-m", "ruff", "format", "--check", "."),
+        run(python, "-m", "basedpyright", "--pythonpath", str(python), "engine", "nodes"),
+    ]
+    tested = run(
+        python,
+        "-m",
+        "pytest",
+        *sys.argv[1:],
+        COMFYUI_PATH=os.environ.get("COMFYUI_PATH") or str(setup.comfyui[COMFYUI]),
+        COMFYUI_OLDEST_PATH=str(setup.comfyui[COMFYUI_OLDEST]),
+    )
+    return tested or max(checks)
+
+
+if __name__ == "__main__":
+    stop_on_errors(main)
