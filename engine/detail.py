@@ -150,6 +150,13 @@ def _require_plain(time_dim_concat: Tensor | None, extra: dict) -> None:
         )
 
 
+def chunk_tokens(model: Any, like: Tensor) -> int:
+    """Tokens to evaluate at a time, so that their activations fit into what is free."""
+    per_token = like.element_size() * (14 * model.dim + 3 * model.ffn_dim)
+    most = 65_536 if like.is_cuda else 4_096  # past these, larger chunks gain no speed
+    return max(1_024, min(most, int(0.5 * host.free_memory(like.device)) // per_token))
+
+
 class DetailForward:
     """One evaluation of the model: the target tokens by windows, the guide stream beside them."""
 
@@ -157,7 +164,7 @@ class DetailForward:
         self.model = model
         self.settings = settings
         self.run = run
-        self.options = options
+        self.options = dict(options)
         self.heads = model.num_heads
         self.plan = settings.plan
         self.windows = ShiftedWindows(self.plan.tokens, settings.window)
@@ -184,6 +191,8 @@ class DetailForward:
         options["grid_sizes"] = torch.Size(grid)
         options["total_blocks"] = len(self.model.blocks)
         options["block_type"] = "double"
+        if x.device.type == "cpu":
+            options.setdefault("optimized_attention_override", host.fused_on_cpu)
 
         tokens = self._embed(x)
         e, e0 = host.time_embedding(self.model, timestep, x.dtype)
@@ -191,7 +200,7 @@ class DetailForward:
         guide = None
         if self.settings.proxy is not None:
             guide = GuideStream(self, x, timestep, text).keys_of_blocks()
-        chunk = self._chunk_tokens(tokens)
+        chunk = chunk_tokens(self.model, tokens)
 
         replace = options.get("patches_replace", {}).get("dit", {})
         patches = options.get("patches", {}).get("double_block", ())
@@ -249,13 +258,6 @@ class DetailForward:
             context = torch.cat([self.model.img_emb(clip_fea), context], dim=1)
         return blocks.Text(context, clip_fea.shape[-2])
 
-    def _chunk_tokens(self, tokens: Tensor) -> int:
-        """Tokens evaluated at a time, so that their activations fit into what is free."""
-        model = self.model
-        per_token = tokens.element_size() * (14 * model.dim + 3 * model.ffn_dim)
-        most = 65_536 if tokens.is_cuda else 4_096  # past these, larger chunks gain no speed
-        return max(1_024, min(most, int(0.5 * host.free_memory(tokens.device)) // per_token))
-
     def _replaced(
         self,
         replacement: Any,
@@ -271,7 +273,7 @@ class DetailForward:
         def original(args: dict) -> dict:
             out = args["img"].clone().unflatten(1, grid)
             own = blocks.Text(args["txt"], text.image_tokens)
-            chunk = self._chunk_tokens(out)
+            chunk = chunk_tokens(self.model, out)
             self._block(i, self.model.blocks[i], out, args["vec"], own, guide_keys, chunk)
             return {"img": out.flatten(1, 3)}
 
@@ -382,7 +384,7 @@ class GuideStream:
         freqs = self._own_positions(tokens.device)
         frame_of_token = torch.arange(grid.frames, device=tokens.device)
         frame_of_token = frame_of_token.repeat_interleave(grid.height * grid.width)
-        chunk = forward._chunk_tokens(tokens)
+        chunk = chunk_tokens(model, tokens)
         for i, block in enumerate(model.blocks):
             modulations = [
                 blocks.Modulation.of(block, item).of_tokens(frame_of_token) for item in e0

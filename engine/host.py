@@ -39,6 +39,12 @@ class LatentSpace:
     """Latents per token: frames, height, width."""
 
 
+def use_on_device(model: Any) -> torch.device:
+    """Load a model's weights where ComfyUI computes, and say where that is."""
+    comfy.model_management.load_models_gpu([model], force_full_load=True)
+    return model.load_device
+
+
 def model_name(model: Any) -> str:
     """What ComfyUI recognised the loaded model as, in words for an error message."""
     base = model.model
@@ -96,13 +102,24 @@ def seeded_noise(latent: Tensor, seed: int) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, options: dict) -> Tensor:
-    """ComfyUI's attention, as chosen by its start flags or by an override on the model.
+    """ComfyUI's attention, as chosen by its start flags or by an override in the options.
 
     q [B, Lq, C], k and v [B, Lk, C] -> [B, Lq, C].
     """
     return comfy.ldm.modules.attention.optimized_attention(
         q, k, v, heads=heads, transformer_options=options
     )
+
+
+def fused_on_cpu(chosen: Callable, *args: Any, **kwargs: Any) -> Tensor:
+    """An attention override: PyTorch's fused attention where ComfyUI would go sub-quadratic.
+
+    ComfyUI's default on the CPU saves memory that windows do not take, at half the speed.
+    """
+    stock = comfy.ldm.modules.attention
+    if chosen is getattr(stock.attention_sub_quad, "__wrapped__", None):
+        chosen = stock.attention_pytorch
+    return chosen(*args, **kwargs)
 
 
 def apply_rope(x: Tensor, freqs: Tensor) -> Tensor:

@@ -220,14 +220,14 @@ def test_a_far_change_leaves_a_token_bit_equal():
 
 
 def test_chunk_size_does_not_change_the_result(wan, monkeypatch):
-    from atlasvid.engine.detail import DetailForward
+    from atlasvid.engine import detail
 
     plan = plan_of((5, 14, 18), (2, 6, 8))
     patched = apply_detail_branch(wan, plan, rand(1, 16, 2, 6, 8), Grid(2, 4, 4), "clean")
     x, t, context = inputs((5, 14, 18))
     results = []
     for chunk in (7, 64, 100_000):
-        monkeypatch.setattr(DetailForward, "_chunk_tokens", lambda self, tokens, n=chunk: n)
+        monkeypatch.setattr(detail, "chunk_tokens", lambda model, like, n=chunk: n)
         results.append(forward(patched, x, t, context))
     assert relative_error(results[0], results[2]) < 1e-6
     assert relative_error(results[1], results[2]) < 1e-6
