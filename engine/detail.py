@@ -410,9 +410,7 @@ class GuideStream:
             for item, modulation in enumerate(modulations):
                 one = slice(item, item + 1)
                 tokens[one] = blocks.attention_output(block, tokens[one], attended[one], modulation)
-                blocks.per_token_in_chunks(
-                    block, tokens[one], modulation, self.text.of(item), options, chunk
-                )
+                blocks.per_token(block, tokens[one], modulation, self.text.of(item), options, chunk)
 
     def _timestep(self) -> Tensor:
         """The guide's timestep [B] or [B, F_g]: 0 when clean, the target's when matched."""
@@ -502,7 +500,7 @@ class BlockWindows:
         x = blocks.attention_output(self.block, x, attended, modulation)
         del attended
         options = self.forward.options
-        blocks.per_token_in_chunks(self.block, x, modulation, self.text, options, self.chunk)
+        blocks.per_token(self.block, x, modulation, self.text, options, self.chunk)
         self.tokens[index] = x[0]
 
     def _attend(
