@@ -172,6 +172,13 @@ def empty_cache() -> None:
     comfy.model_management.soft_empty_cache()
 
 
+def chunk_tokens(model: Any, like: Tensor) -> int:
+    """Tokens to evaluate at a time, so that their activations fit into what is free."""
+    per_token = like.element_size() * (14 * model.dim + 3 * model.ffn_dim)
+    most = 65_536 if like.is_cuda else 4_096  # past these, larger chunks gain no speed
+    return max(1_024, min(most, int(0.5 * free_memory(like.device)) // per_token))
+
+
 def in_chunks(total: int, size: int, compute: Callable[[int, int], None]) -> None:
     """Call compute(start, stop) over [0, total) in chunks; halve a chunk that runs out of memory.
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from . import host
 
 KEY = "atlasvid"
+T = TypeVar("T")
 
 
 class SamplingRun:
@@ -22,6 +24,14 @@ class SamplingRun:
         self.seed = seed
         self.guide_keys: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
         self._noise: Tensor | None = None
+        self._attention: dict[int, tuple[Any, Any]] = {}
+
+    def attention_of(self, settings: Any, make: Callable[[], T]) -> T:
+        """The run's one window attention for these settings, made at first use."""
+        kept = self._attention.get(id(settings))
+        if kept is None:
+            kept = self._attention[id(settings)] = (settings, make())
+        return kept[1]
 
     def noise_like(self, latent: Tensor) -> Tensor:
         """The run's one noise for the guide latent, the stock sampler's for the same seed."""
@@ -32,6 +42,7 @@ class SamplingRun:
     def close(self) -> None:
         """Drop every tensor."""
         self.guide_keys.clear()
+        self._attention.clear()
         self._noise = None
 
 

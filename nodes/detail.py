@@ -2,10 +2,11 @@
 
 from comfy_api.latest import io
 
-from ..engine.detail import GUIDE_NOISE, apply_detail_branch, preset_window
+from ..engine.detail import apply_detail_branch
 from ..engine.grid import Grid
 from ..engine.guidance import apply_structure_guidance
 from ..engine.latents import require_proxy, upscale_proxy
+from ..engine.settings import GUIDE_NOISE, OVERLAPS, preset_window
 from .types import CATEGORY, PlanType
 
 
@@ -77,10 +78,11 @@ class AtlasVidHierarchicalAttention(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "overlap",
-                    options=["shifted"],
+                    options=list(OVERLAPS),
                     default="shifted",
                     tooltip="shifted: windows move by half their size on every other block, so "
-                    "that no border stays.",
+                    "that no border stays; fastest. sliding: every tile reads a window centred on "
+                    "it, for trained size windows without a LoRA; slower.",
                 ),
                 io.Combo.Input(
                     "guide_noise",
