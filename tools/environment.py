@@ -301,10 +301,12 @@ def install(cache: Path, folder: Path, layers: tuple[Layer, ...]) -> Path:
         drop_half_installed(folder)
         wanted = folder / f"{layer.name}.txt"
         wanted.write_text("\n".join(layer.requirements) + "\n", "utf-8")
-        bound = folder / f"{layers[0].name}-constraints.txt"
-        pins = [line for line in layers[0].requirements if "==" in line]
-        bound.write_text("\n".join(pins) + "\n", "utf-8")
-        pip(python, "install", "-r", str(wanted), "-c", str(bound), cache=cache)
+        options = ("-r", str(wanted))
+        if layer is not layers[0]:
+            options += ("-c", str(folder / f"{layers[0].name}-pins.txt"))
+        pip(python, "install", *options, cache=cache)
+        pins = [line for line in layer.requirements if "==" in line]
+        (folder / f"{layer.name}-pins.txt").write_text("\n".join(pins) + "\n", "utf-8")
         marker(folder, layer).write_text("\n".join(layer.requirements) + "\n", "utf-8")
     return python_in(folder)
 
