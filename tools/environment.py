@@ -410,6 +410,6 @@ def stop_on_errors(main: Callable[[], int]) -> None:
         say(f"stopped: {error}")
         code = 1
     except KeyboardInterrupt:
-        say("interrupted; the next run goes on from here")
+        say("interrupted; what is set up so far is kept")
         code = 130
     sys.exit(code)
