@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from . import blocks, host
 from .grid import Grid
+from .tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -16,14 +18,14 @@ class BlockTask:
     """A block and the target tokens of one batch item, which it updates in place.
 
     Args:
-        tokens: [F * h * w, C] in raster order.
+        tokens: of the item, in raster order.
         grid: F, h, w.
         guide: unrotated keys and values of the guide [L_g, C], or None.
         chunk: tokens to evaluate at a time.
     """
 
     block: Any
-    tokens: Tensor
+    tokens: Tokens
     grid: Grid
     modulation: blocks.Modulation
     text: blocks.Text
@@ -31,13 +33,14 @@ class BlockTask:
     heads: int
     options: dict
     chunk: int
+    device: torch.device
 
     def read(self, index: Tensor) -> tuple[Tensor, blocks.Modulation]:
         """Tokens [1, n, C] at raster indices [n], and their modulation."""
         frames = (
             index // (self.grid.height * self.grid.width) if self.modulation.per_frame else None
         )
-        return self.tokens[index][None], self.modulation.of_tokens(frames)
+        return self.tokens.read(index)[None], self.modulation.of_tokens(frames)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of windows: q [n, L, C] over k and v [n, K, C] -> [1, n * L, C]."""
@@ -53,7 +56,7 @@ class BlockTask:
         x = blocks.attention_output(self.block, x, attended, modulation)
         del attended
         blocks.per_token(self.block, x, modulation, self.text, self.options, self.chunk)
-        self.tokens[index] = x[0]
+        self.tokens.write(index, x[0])
 
 
 class WindowAttention(Protocol):

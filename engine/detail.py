@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
 
 from . import host
-from .forward import DetailForward
+from .forward import DetailForward, workload
 from .grid import Grid
 from .latents import require_proxy
+from .memory import AUTO, parse_budget, wanted_bytes
 from .plan import Plan
 from .run import KEY, open_run, run_of
 from .settings import GUIDE_NOISE, OVERLAPS, DetailSettings, require_choice
@@ -24,6 +26,7 @@ def apply_detail_branch(
     start_percent: float = 0.0,
     end_percent: float = 1.0,
     overlap: str = "shifted",
+    memory_budget: str = AUTO,
 ) -> Any:
     """A clone of `model` that samples the plan's target with the detail branch.
 
@@ -34,6 +37,7 @@ def apply_detail_branch(
         start_percent, end_percent: part of the sampling in which the branch is active.
         overlap: `shifted` (disjoint windows that move between blocks) or `sliding` (every tile of
             queries reads a window centred on it).
+        memory_budget: device memory beside the weights: `auto` or a size such as `4 GB`.
 
     Raises:
         ValueError: unsupported model, another latent space than the plan's, or a proxy that does
@@ -63,6 +67,7 @@ def apply_detail_branch(
         proxy=proxy,
         sigma_start=host.percent_to_sigma(model, start_percent),
         sigma_end=host.percent_to_sigma(model, end_percent),
+        budget=parse_budget(memory_budget),
     )
 
     def forward(executor: Any, x: Tensor, timestep: Tensor, context: Tensor, *args: Any, **kw: Any):
@@ -73,8 +78,19 @@ def apply_detail_branch(
         branch = DetailForward(executor.class_obj, settings, run_of(options), options)
         return branch(x, timestep, context, clip_fea)
 
+    def prepare(executor: Any, patcher: Any, noise_shape: Any, *args: Any, **kw: Any):
+        """Load the weights beside what this forward needs, not what a full one would."""
+        inner = patcher.model.diffusion_model
+        itemsize = host.inference_itemsize(patcher)
+        work = workload(settings, inner, noise_shape[0], itemsize, keep_guide=True)
+        wanted = wanted_bytes(work, 4 * math.prod(noise_shape))
+        if settings.budget is not None:
+            wanted = min(wanted, settings.budget)
+        return executor(patcher, host.noise_shape_for(patcher, wanted), *args, **kw)
+
     clone = model.clone()
     for kind, wrapper in (
+        (host.Wrappers.PREPARE_SAMPLING, prepare),
         (host.Wrappers.DIFFUSION_MODEL, forward),
         (host.Wrappers.OUTER_SAMPLE, open_run),
     ):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,8 @@ import comfy.patcher_extension
 import comfy.sample
 import comfy.sd
 import torch
+from comfy_execution.utils import get_executing_context
+from server import PromptServer
 from torch import Tensor
 
 Wrappers = comfy.patcher_extension.WrappersMP
@@ -172,11 +176,74 @@ def empty_cache() -> None:
     comfy.model_management.soft_empty_cache()
 
 
-def chunk_tokens(model: Any, like: Tensor) -> int:
-    """Tokens to evaluate at a time, so that their activations fit into what is free."""
-    per_token = like.element_size() * (14 * model.dim + 3 * model.ffn_dim)
-    most = 65_536 if like.is_cuda else 4_096  # past these, larger chunks gain no speed
-    return max(1_024, min(most, int(0.5 * free_memory(like.device)) // per_token))
+def host_free_memory() -> int:
+    """Bytes of host memory that may be allocated now."""
+    return free_memory(torch.device("cpu"))
+
+
+def host_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor in host memory, pinned where `device` copies faster from such."""
+    if device.type == "cuda":
+        try:
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
+        except RuntimeError:  # the system allows no more locked memory: slower, not wrong
+            logging.info("AtlasVid: no pinned memory left, copies will be slower")
+    return torch.empty(shape, dtype=dtype)
+
+
+class Mark:
+    """A point in a device's work that another thread can wait for."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.event = None
+        if device.type == "cuda":
+            self.event = torch.cuda.Event()
+            self.event.record(torch.cuda.current_stream(device))
+
+    @contextmanager
+    def after(self) -> Iterator[None]:
+        """Run device work of this thread beside the main stream, once the mark is reached."""
+        if self.event is None:
+            yield
+            return
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_event(self.event)
+        with torch.cuda.stream(stream):
+            yield
+
+
+def mark(device: torch.device) -> Mark:
+    """Remember what a device has been given to do so far."""
+    return Mark(device)
+
+
+def inference_itemsize(model: Any) -> int:
+    """Bytes per number of a model's activations."""
+    return comfy.model_management.dtype_size(model.model.get_dtype_inference())
+
+
+def has_scheduled_weights(model: Any) -> bool:
+    """Whether weights change with the conditioning or the step (hook LoRAs)."""
+    return bool(getattr(model, "hook_patches", None))
+
+
+def show_progress(text: str) -> None:
+    """Show a line in the node that is being executed; nothing outside of a server."""
+    context = get_executing_context()
+    instance = getattr(PromptServer, "instance", None)
+    if context is not None and instance is not None:
+        instance.send_progress_text(text, context.node_id)
+
+
+def noise_shape_for(model: Any, wanted: int) -> list[int]:
+    """A noise shape for which the stock memory estimate comes to `wanted` bytes.
+
+    The estimate is linear in the latent's area, for full-length activations that we do not have.
+    """
+    probe = 2**20
+    per_area = model.model.memory_required([2, 1, probe]) / probe
+    return [1, 1, max(1, int(wanted / per_area))]
 
 
 def in_chunks(total: int, size: int, compute: Callable[[int, int], None]) -> None:

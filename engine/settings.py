@@ -36,6 +36,8 @@ class DetailSettings:
     """The proxy latent as the model sees it (process_in applied), or None for windows alone."""
     sigma_start: float
     sigma_end: float
+    budget: int | None = None
+    """Bytes of device memory beside the weights, or None for what is free."""
 
 
 def preset_window(preset: str, plan: Plan, custom: Grid) -> Grid:

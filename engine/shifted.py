@@ -51,7 +51,7 @@ class ShiftedAttention:
         self._groups: dict[int, list[WindowGroup]] = {}
 
     def evaluate(self, task: BlockTask, index: int) -> None:
-        for group in self.groups(index % 2, task.tokens.device):
+        for group in self.groups(index % 2, task.device):
             at_a_time = max(1, task.chunk // group.size.count)
             host.in_chunks(len(group.tokens), at_a_time, partial(self._evaluate, task, group))
 

@@ -62,17 +62,13 @@ class SlidingAttention:
         self.windows = windows
         self.alignment = alignment
         self.rope = rope
-        grid, window = windows.grid, windows.window
-        self.axis = min(range(3), key=lambda i: window[i] / grid[i])
-        ring = list(grid)
-        ring[self.axis] = window[self.axis]
-        self.ring_grid = Grid(*ring)
+        self.axis = windows.axis
         self._prepared: tuple[list[TileGroup], list[Tensor], Tensor | None] | None = None
 
     def evaluate(self, task: BlockTask, index: int) -> None:
         del index  # the tiles are the same in every block
-        groups, tables, guide_freqs = self._prepare(task.tokens.device)
-        ring = Ring(self.ring_grid, task.tokens)
+        groups, tables, guide_freqs = self._prepare(task.device)
+        ring = Ring(self.windows.ring, task.modulation.rows[0])
         guide = None
         if task.guide is not None:
             assert guide_freqs is not None
@@ -135,7 +131,7 @@ class SlidingAttention:
             return
         start, size = [0, 0, 0], list(self.windows.grid)
         start[self.axis], size[self.axis] = ring.filled, last - ring.filled
-        starts = torch.tensor([start], device=task.tokens.device)
+        starts = torch.tensor([start], device=task.device)
         index = flat_index(self.windows.grid, starts, Grid(*size))[0]
         slot = flat_index(ring.grid, starts, Grid(*size), wrap=ring.grid)[0]
 
