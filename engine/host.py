@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ import comfy.sample
 import comfy.sd
 import torch
 from comfy_execution.utils import get_executing_context
-from server import PromptServer
 from torch import Tensor
 
 Wrappers = comfy.patcher_extension.WrappersMP
@@ -231,9 +231,9 @@ def has_scheduled_weights(model: Any) -> bool:
 def show_progress(text: str) -> None:
     """Show a line in the node that is being executed; nothing outside of a server."""
     context = get_executing_context()
-    instance = getattr(PromptServer, "instance", None)
-    if context is not None and instance is not None:
-        instance.send_progress_text(text, context.node_id)
+    server = sys.modules.get("server")  # only a running ComfyUI has it; importing it starts much
+    if context is not None and server is not None:
+        server.PromptServer.instance.send_progress_text(text, context.node_id)
 
 
 def noise_shape_for(model: Any, wanted: int) -> list[int]:
