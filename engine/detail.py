@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import host
+from .attention import override_for
 from .forward import DetailForward, workload
 from .grid import Grid
 from .latents import require_proxy
@@ -27,6 +29,8 @@ def apply_detail_branch(
     end_percent: float = 1.0,
     overlap: str = "shifted",
     memory_budget: str = AUTO,
+    attention: str = AUTO,
+    keep_blocks: int = 0,
 ) -> Any:
     """A clone of `model` that samples the plan's target with the detail branch.
 
@@ -38,6 +42,8 @@ def apply_detail_branch(
         overlap: `shifted` (disjoint windows that move between blocks) or `sliding` (every tile of
             queries reads a window centred on it).
         memory_budget: device memory beside the weights: `auto` or a size such as `4 GB`.
+        attention: kernel, see `engine.attention`.
+        keep_blocks: blocks of 128 keys that a window reads, 0 for all (FlashVSR's sparsity).
 
     Raises:
         ValueError: unsupported model, another latent space than the plan's, or a proxy that does
@@ -59,6 +65,7 @@ def apply_detail_branch(
     if proxy is not None:
         require_proxy(proxy, plan)
         proxy = host.process_latent_in(model, proxy.cpu().float())
+    override_for(attention, model.load_device)  # a kernel that is not installed is refused here
     settings = DetailSettings(
         plan=plan,
         window=window.clipped(plan.tokens),
@@ -68,8 +75,11 @@ def apply_detail_branch(
         sigma_start=host.percent_to_sigma(model, start_percent),
         sigma_end=host.percent_to_sigma(model, end_percent),
         budget=parse_budget(memory_budget),
+        attention=attention,
+        keep_blocks=keep_blocks,
     )
 
+    @torch.compiler.disable  # the stock compile node would trace our loops, window by window
     def forward(executor: Any, x: Tensor, timestep: Tensor, context: Tensor, *args: Any, **kw: Any):
         clip_fea, time_dim_concat, options, extra = _split(args, kw)
         if not _is_active(settings, options):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import blocks, host
+from .attention import override_for
 from .block_task import BlockTask, WindowAttention
 from .guide import GuideStream
 from .latents import require_shape
@@ -102,8 +103,9 @@ class DetailForward:
         self.options["grid_sizes"] = torch.Size(self.plan.tokens)
         self.options["total_blocks"] = len(self.model.blocks)
         self.options["block_type"] = "double"
-        if x.device.type == "cpu":
-            self.options.setdefault("optimized_attention_override", host.fused_on_cpu)
+        override = override_for(self.settings.attention, x.device)
+        if override is not None:
+            self.options.setdefault("optimized_attention_override", override)
 
     def _plan_memory(self, x: Tensor) -> MemoryPlan:
         work = workload(self.settings, self.model, len(x), x.element_size(), self.run.keep_guide)
@@ -248,6 +250,7 @@ class DetailForward:
                 self.options,
                 chunk,
                 e0.device,
+                self.settings.keep_blocks,
             )
             self.attention.evaluate(task, index)
             store.settle()

@@ -115,6 +115,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, options: dict) -> Ten
     )
 
 
+def attention_function(name: str) -> Callable | None:
+    """One of ComfyUI's registered attentions by name, or None where it is not installed."""
+    return comfy.ldm.modules.attention.get_attention_function(name, None)
+
+
+def started_attention() -> str | None:
+    """The registered name of the attention that ComfyUI's start flags chose."""
+    registered = comfy.ldm.modules.attention.REGISTERED_ATTENTION_FUNCTIONS
+    chosen = comfy.ldm.modules.attention.optimized_attention
+    return next((name for name, function in registered.items() if function is chosen), None)
+
+
 def fused_on_cpu(chosen: Callable, *args: Any, **kwargs: Any) -> Tensor:
     """An attention override: PyTorch's fused attention where ComfyUI would go sub-quadratic.
 

@@ -38,6 +38,9 @@ class DetailSettings:
     sigma_end: float
     budget: int | None = None
     """Bytes of device memory beside the weights, or None for what is free."""
+    attention: str = "auto"
+    keep_blocks: int = 0
+    """Blocks of 128 keys that a window reads, 0 for all."""
 
 
 def preset_window(preset: str, plan: Plan, custom: Grid) -> Grid:

@@ -87,10 +87,8 @@ class ShiftedAttention:
         q = blocks.rotate(blocks.queries(attention, y), task.heads, group.freqs)
         k = blocks.rotate(blocks.keys(attention, y), task.heads, group.freqs)
         v = attention.v(y)
-        if task.guide is not None:
-            guide_k, guide_v = _aligned_guide(task, group, slice(start, stop))
-            k, v = torch.cat([k, guide_k], dim=1), torch.cat([v, guide_v], dim=1)
-        attended = task.attend(q, k, v)
+        guide = _aligned_guide(task, group, slice(start, stop)) if task.guide else None
+        attended = task.attend(q, k, v, group.size, guide)
         del y, q, k, v
         task.finish(x, attended, modulation, index)
 

@@ -175,12 +175,13 @@ class SlidingAttention:
         q = q.view(stop - start, group.size.count, -1)
         read = flat_index(ring.grid, group.keys[start:stop], windows.window, wrap=ring.grid)
         k, v = ring.keys[read], ring.values[read]
+        aligned = None
         if guide is not None:
             assert self.alignment is not None
             assert group.guide is not None
-            aligned = group.guide[start:stop]
-            read = flat_index(self.alignment.guide, aligned, self.alignment.count)
-            k, v = torch.cat([k, guide[0][read]], dim=1), torch.cat([v, guide[1][read]], dim=1)
-        attended = task.attend(q, k, v)
+            starts = group.guide[start:stop]
+            read = flat_index(self.alignment.guide, starts, self.alignment.count)
+            aligned = guide[0][read], guide[1][read]
+        attended = task.attend(q, k, v, windows.window, aligned)
         del y, q, k, v
         task.finish(x, attended, modulation, index)

@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..engine.attention import BACKENDS
 from ..engine.detail import apply_detail_branch
 from ..engine.grid import Grid
 from ..engine.guidance import apply_structure_guidance
@@ -114,6 +115,25 @@ class AtlasVidHierarchicalAttention(io.ComfyNode):
                     "free. With less, work is done in smaller pieces and, if need be, tokens "
                     "stream from the computer's memory: slower, same result."
                 ),
+                io.Combo.Input(
+                    "attention",
+                    options=list(BACKENDS),
+                    default=BACKENDS[0],
+                    optional=True,
+                    advanced=True,
+                    tooltip="auto: what ComfyUI was started with. The others when installed; "
+                    "sage is checked against PyTorch's at first use.",
+                ),
+                io.Int.Input(
+                    "keep_blocks",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Blocks of 128 keys that a window reads, the most relevant ones; "
+                    "saves time in large windows. 0 reads all: exact.",
+                ),
                 io.Latent.Input(
                     "proxy",
                     optional=True,
@@ -134,6 +154,8 @@ class AtlasVidHierarchicalAttention(io.ComfyNode):
         start_percent,
         end_percent,
         memory_budget="auto",
+        attention="auto",
+        keep_blocks=0,
         proxy=None,
     ) -> io.NodeOutput:
         custom = Grid(*(window.get(side, 1) for side in ("frames", "height", "width")))
