@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import comfy.conds
@@ -12,13 +14,17 @@ import comfy.ldm.common_dit
 import comfy.ldm.modules.attention
 import comfy.ldm.wan.model
 import comfy.ldm.wan.vae
+import comfy.ldm.wan.vae2_2
 import comfy.model_base
 import comfy.model_management
 import comfy.ops
 import comfy.patcher_extension
 import comfy.sample
 import comfy.sd
+import comfy.utils
+import folder_paths
 import torch
+from comfy_api.latest import Input, InputImpl, Types
 from torch import Tensor
 
 Wrappers = comfy.patcher_extension.WrappersMP
@@ -200,3 +206,63 @@ def load_diffusion_model(state: dict[str, Tensor]) -> Any:
 def load_vae(state: dict[str, Tensor]) -> Any:
     """A VAE from its weights, through the stock loader."""
     return comfy.sd.VAE(sd=state)
+
+
+# The VAE and video part of the host.
+
+VideoInput = Input.Video
+VideoFromFile = InputImpl.VideoFromFile
+VideoFromComponents = InputImpl.VideoFromComponents
+VideoComponents = Types.VideoComponents
+
+# Pixel-shuffle factor of each supported VAE class.
+WAN_VAES: dict[type, int] = {
+    comfy.ldm.wan.vae.WanVAE: 1,
+    comfy.ldm.wan.vae2_2.WanVAE: 2,
+}
+
+
+def wan_patch(vae: Any) -> int | None:
+    """1 for a Wan 2.1 VAE, 2 for a Wan 2.2 VAE, None for every other VAE."""
+    return WAN_VAES.get(type(vae.first_stage_model))
+
+
+def load_vae_weights(vae: Any, working_bytes: int) -> None:
+    """Load the VAE through ComfyUI's model management, making room for `working_bytes`."""
+    comfy.model_management.load_models_gpu(
+        [vae.patcher], memory_required=working_bytes, force_full_load=vae.disable_offload
+    )
+
+
+def reachable_vae_memory(vae: Any) -> int:
+    """Bytes on the VAE's device that are free once other models have been unloaded."""
+    device = vae.device
+    if device.type == "cpu":
+        return int(comfy.model_management.get_free_memory(device))
+    return int(comfy.model_management.get_total_memory(device))
+
+
+def free_vae_memory(vae: Any) -> int:
+    """Bytes free on the VAE's device now."""
+    return int(vae.patcher.get_free_memory(vae.device))
+
+
+def device_context(vae: Any) -> AbstractContextManager[Any]:
+    """The VAE's device as the current one, where the core has a context for it."""
+    context = getattr(comfy.model_management, "cuda_device_context", None)
+    return context(vae.device) if context else nullcontext()
+
+
+def progress_bar(total: int) -> Callable[[int], None]:
+    """A node's progress bar of `total` steps; call the result with the steps just done."""
+    return comfy.utils.ProgressBar(total).update
+
+
+def intermediate_device() -> torch.device:
+    """Where nodes keep the tensors that they hand to each other."""
+    return comfy.model_management.intermediate_device()
+
+
+def temp_directory() -> Path:
+    """ComfyUI's temp folder, which it also empties when it starts."""
+    return Path(folder_paths.get_temp_directory())
