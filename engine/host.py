@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -266,3 +268,31 @@ def intermediate_device() -> torch.device:
 def temp_directory() -> Path:
     """ComfyUI's temp folder, which it also empties when it starts."""
     return Path(folder_paths.get_temp_directory())
+
+
+def require_bit_depth(bit_depth: int) -> None:
+    """Refuse a bit depth that the running ComfyUI's encoder does not write.
+
+    Raises:
+        ValueError: names the depths that it does write.
+    """
+    parameters = inspect.signature(VideoFromComponents.__init__).parameters
+    allowed = (8, 10) if "bit_depth" in parameters else (8,)
+    if bit_depth not in allowed:
+        names = " or ".join(map(str, allowed))
+        raise ValueError(
+            f"bit_depth is {bit_depth}, but this ComfyUI writes videos of {names} bits. "
+            f"Set it to {names}" + (", or update ComfyUI for 10." if len(allowed) == 1 else ".")
+        )
+
+
+def video_components(images: Any, frame_rate: Fraction, audio: Any) -> Any:
+    """The core's bundle of images [frames, height, width, 3], frame rate and sound."""
+    return VideoComponents(images=images, audio=audio, frame_rate=frame_rate)
+
+
+def encode_video(components: Any, target: Any, bit_depth: int, **choices: Any) -> None:
+    """Write a video with the core's own encoder loop; 8 bit is every version's default."""
+    if bit_depth != 8:
+        choices["bit_depth"] = bit_depth
+    VideoFromComponents(components).save_to(target, **choices)

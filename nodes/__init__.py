@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .decode import AtlasVidDecode, AtlasVidDecodeToVideo
 from .detail import (
     AtlasVidDetailLatent,
     AtlasVidHierarchicalAttention,
@@ -18,6 +19,8 @@ NODES: list[type[io.ComfyNode]] = [
     AtlasVidHierarchicalAttention,
     AtlasVidStructureGuidance,
     AtlasVidTinyModels,
+    AtlasVidDecode,
+    AtlasVidDecodeToVideo,
 ]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import host
 from .regions import Box, Grid
 from .scratch import MemoryStore, Store
-from .tiling import SMALLEST_TILE, CostModel, frugal_grid, grid_within
+from .tiling import CostModel, frugal_grid, grid_within
 from .wan import Cache, WanDecoder, frame_count
 
 # Channels x positions x frames alive in the whole-frame stage, in features of one frame.
@@ -263,7 +263,7 @@ def parse_budget(budget: str) -> int | None:
         return int(float(number) * 1024**3)
     except ValueError as error:
         raise ValueError(
-            f"memory_budget is '{budget}'; write \"auto\" or a size such as \"4 GB\"."
+            f'memory_budget is \'{budget}\'; write "auto" or a size such as "4 GB".'
         ) from error
 
 

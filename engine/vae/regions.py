@@ -8,6 +8,7 @@ output gives the smallest input of every step, hence exact tiles by cropping, wi
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 
@@ -192,4 +193,4 @@ class Grid:
 
 def _cut(size: int, parts: int) -> tuple[Span, ...]:
     edges = [i * size // parts for i in range(parts + 1)]
-    return tuple(Span(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True))
+    return tuple(Span(a, b) for a, b in pairwise(edges))

@@ -125,9 +125,7 @@ class WanDecoder:
             out = self._up_blocks(x, cache, first) if self._in_blocks else self._run_up(x, cache)
         if self.patch == 1:
             return out
-        return rearrange(
-            out, "b (c r q) f h w -> b c f (h q) (w r)", q=self.patch, r=self.patch
-        )
+        return rearrange(out, "b (c r q) f h w -> b c f (h q) (w r)", q=self.patch, r=self.patch)
 
     def _run_up(self, x: Tensor, cache: Cache) -> Tensor:
         chunks: list[Tensor] = []
@@ -178,9 +176,7 @@ class WanEncoder:
         Wan 2.1 returns None while it waits for the next chunk; `final` ends the waiting.
         """
         if self.patch > 1:
-            x = rearrange(
-                x, "b c f (h q) (w r) -> b (c r q) f h w", q=self.patch, r=self.patch
-            )
+            x = rearrange(x, "b c f (h q) (w r) -> b (c r q) f h w", q=self.patch, r=self.patch)
         index = [0]
         with self.chain.cropping(regions):
             x = cached_conv(self.coder.conv1, x, cache, index)
@@ -248,7 +244,7 @@ def _block_steps(
             steps.append(EVEN)
         layers = getattr(block, name)
         # A block keeps its input for the shortcut while its layers run.
-        entry = frames * convolutions(layers[0])[0].in_channels  # type: ignore[operator]
+        entry = frames * int(convolutions(layers[0])[0].in_channels)  # type: ignore[arg-type]
         steps.append(Step(Same(0), cached=entry))
         for layer in layers:
             steps.append(layer_step(layer, frames, frames))
