@@ -32,3 +32,37 @@ def video_from_images(images: torch.Tensor, fps: float):
 
 def has_ten_bit() -> bool:
     return "bit_depth" in inspect.signature(InputImpl.VideoFromComponents.__init__).parameters
+
+
+class _SingleThreaded:
+    """An output container whose encoders run in one thread."""
+
+    def __init__(self, container):
+        self._container = container
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_error):
+        self._container.close()
+
+    def __getattr__(self, name):
+        return getattr(self._container, name)
+
+    def add_stream(self, *args, **settings):
+        stream = self._container.add_stream(*args, **settings)
+        stream.codec_context.thread_count = 1
+        return stream
+
+
+def make_encoder_deterministic(monkeypatch) -> None:
+    """x264 with several threads may write the same frames in different bytes."""
+    from comfy_api.latest._input_impl import video_types
+
+    stock_open = video_types.av.open
+
+    def single_threaded_open(*args, **settings):
+        container = stock_open(*args, **settings)
+        return _SingleThreaded(container) if settings.get("mode") == "w" else container
+
+    monkeypatch.setattr(video_types.av, "open", single_threaded_open)

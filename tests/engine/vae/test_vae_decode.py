@@ -185,11 +185,7 @@ def test_counted_work_is_what_the_convolutions_do(monkeypatch):
         kernel = module.weight[0].numel() * output.shape[1]
         recorded.append(kernel * output[:, 0].numel())
 
-    convs = [
-        m
-        for m in vae.first_stage_model.modules()
-        if isinstance(m, torch.nn.Conv2d | torch.nn.Conv3d)
-    ]
+    convs = convolutions(vae.first_stage_model)
     handles = [conv.register_forward_hook(record) for conv in convs]
     decode_in(grid, vae, latent, monkeypatch)
     for handle in handles:
