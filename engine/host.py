@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gc
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import av
 import comfy.conds
 import comfy.ldm.common_dit
 import comfy.ldm.modules.attention
@@ -25,6 +28,7 @@ import comfy.sample
 import comfy.sd
 import comfy.utils
 import folder_paths
+import node_helpers
 import torch
 from comfy_api.latest import Input, InputImpl, Types
 from torch import Tensor
@@ -296,3 +300,62 @@ def encode_video(components: Any, target: Any, bit_depth: int, **choices: Any) -
     if bit_depth != 8:
         choices["bit_depth"] = bit_depth
     VideoFromComponents(components).save_to(target, **choices)
+
+
+class _PartOfContainer:
+    """A video container that is read on where the last reading ended, `size` items at a time.
+
+    The core's own conversion of a file to images takes an open container; given this one, it
+    converts a few frames per call.
+    """
+
+    def __init__(self, container: Any, size: int) -> None:
+        self.streams = SimpleNamespace(video=container.streams.video, audio=())
+        self.metadata = container.metadata
+        self.exhausted = False
+        self._container = container
+        self._size = size
+        self._items: Iterator[Any] | None = None
+
+    def seek(self, *place: Any, **options: Any) -> None:
+        """Only the first reading has to find the start."""
+        if self._items is None:
+            self._container.seek(*place, **options)
+
+    def demux(self, *streams: Any) -> list[Any]:
+        return self._next(self._container.demux, streams)
+
+    def decode(self, *streams: Any) -> list[Any]:
+        return self._next(self._container.decode, streams)
+
+    def _next(self, read: Callable[..., Iterator[Any]], streams: tuple[Any, ...]) -> list[Any]:
+        if self._items is None:
+            self._items = read(*streams)
+        items = list(islice(self._items, self._size))
+        self.exhausted = len(items) < self._size
+        return items
+
+
+def video_batches(video: Any, size: int) -> Iterator[Tensor]:
+    """The images of a video file, as its `get_components` gives them, about `size` at a time."""
+    with av.open(video.get_stream_source(), mode="r") as container:
+        part = _PartOfContainer(container, size)
+        started = False
+        while not part.exhausted:
+            images = video.get_components_internal(part).images
+            if len(images) > 0:
+                started = True
+                yield images
+            elif started:  # past the end of a trimmed video
+                return
+
+
+def scale_and_crop(images: Tensor, width: int, height: int) -> Tensor:
+    """Images [n, h, w, c] scaled bilinearly and cropped around the centre, as stock nodes do."""
+    scaled = comfy.utils.common_upscale(images.movedim(-1, 1), width, height, "bilinear", "center")
+    return scaled.movedim(1, -1)
+
+
+def set_conditioning(conditioning: Any, values: dict[str, Any]) -> Any:
+    """A copy of a CONDITIONING with `values` set on every entry."""
+    return node_helpers.conditioning_set_values(conditioning, values)

@@ -8,6 +8,7 @@ from .detail import (
     AtlasVidHierarchicalAttention,
     AtlasVidStructureGuidance,
 )
+from .encode import AtlasVidEncode, AtlasVidImageToVideo
 from .plan import AtlasVidPlan
 from .rope import AtlasVidRoPE
 from .tiny import AtlasVidTinyModels
@@ -21,6 +22,8 @@ NODES: list[type[io.ComfyNode]] = [
     AtlasVidTinyModels,
     AtlasVidDecode,
     AtlasVidDecodeToVideo,
+    AtlasVidEncode,
+    AtlasVidImageToVideo,
 ]
 
 

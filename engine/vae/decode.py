@@ -106,17 +106,7 @@ class TiledDecoder:
 
     def plan(self) -> Grid:
         """Loads the VAE and picks tiles that fit the budget and the free memory."""
-        budget = parse_budget(self.budget)
-        pick = frugal_grid if budget is None else grid_within
-        grid = pick(self.cost, budget or int(MEMORY_SHARE * host.reachable_vae_memory(self.vae)))
-        host.load_vae_weights(self.vae, max(self.cost.peak_bytes(grid), self._whole_frame_bytes()))
-        free = int(MEMORY_SHARE * host.free_vae_memory(self.vae))
-        return grid if self.cost.peak_bytes(grid) <= free else grid_within(self.cost, free)
-
-    def _whole_frame_bytes(self) -> int:
-        positions = self.latent.shape[-1] * self.latent.shape[-2]
-        features = self.decoder.feature_channels * positions * self.vae.vae_dtype.itemsize
-        return WHOLE_FRAME_LIVE * features
+        return plan_tiles(self.vae, self.cost, self.decoder.feature_channels, self.budget)
 
     def feature_bytes(self, grid: Grid) -> int:
         """Bytes that a store holds: every tile's features with their halo."""
@@ -265,6 +255,20 @@ def parse_budget(budget: str) -> int | None:
         raise ValueError(
             f'memory_budget is \'{budget}\'; write "auto" or a size such as "4 GB".'
         ) from error
+
+
+def plan_tiles(vae: Any, cost: CostModel, feature_channels: int, budget: str) -> Grid:
+    """Loads the VAE and picks tiles that fit the budget and the free memory."""
+    positions = cost.latent_height * cost.latent_width
+    whole_frames = WHOLE_FRAME_LIVE * feature_channels * positions * cost.element_bytes
+    limit = parse_budget(budget)
+    if limit is None:
+        grid = frugal_grid(cost, int(MEMORY_SHARE * host.reachable_vae_memory(vae)))
+    else:
+        grid = grid_within(cost, limit)
+    host.load_vae_weights(vae, max(cost.peak_bytes(grid), whole_frames))
+    free = int(MEMORY_SHARE * host.free_vae_memory(vae))
+    return grid if cost.peak_bytes(grid) <= free else grid_within(cost, free)
 
 
 def decode_images(vae: Any, latent: Tensor, budget: str = AUTO_BUDGET) -> Tensor:

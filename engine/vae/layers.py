@@ -13,7 +13,7 @@ from math import prod
 import torch
 from torch import nn
 
-from .regions import Box, Down, Even, Rule, Same, Up, trace_box
+from .regions import Box, Down, Rule, Same, Up, trace_box
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,3 @@ def layer_step(module: nn.Module, per_latent: int, chunk: int) -> Step:
         f"This VAE has a '{type(module).__name__}' layer, which the exact tiles do not know. "
         "Use the stock VAE Decode or VAE Encode node with it."
     )
-
-
-EVEN = Step(Even())

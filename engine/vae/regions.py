@@ -158,7 +158,10 @@ def trace(rules: Sequence[Rule], span: Span, size: int) -> list[Span]:
     sizes = bounds(rules, size)
     spans = [span]
     for rule, bound in zip(reversed(rules), reversed(sizes[:-1]), strict=True):
-        spans.append(rule.needs(spans[-1], bound))
+        needed = rule.needs(spans[-1], bound)
+        if isinstance(rule, Even):
+            spans[-1] = needed  # no module, so nothing there crops back
+        spans.append(needed)
     return spans[::-1]
 
 

@@ -7,7 +7,7 @@ frames at latent resolution (`features`) followed by a spatially local chain of 
 version is followed exactly.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .layers import (
-    EVEN,
     Bypass,
     Chain,
     Step,
@@ -27,7 +26,7 @@ from .layers import (
     is_resample,
     layer_step,
 )
-from .regions import Box, Down, Same, Up
+from .regions import Box, Down, Even, Same, Up
 
 Cache = list[Any] | None
 FRAMES_PER_LATENT = 4
@@ -160,9 +159,9 @@ class WanEncoder:
     def _in_blocks(self) -> bool:
         return self.patch == 2
 
-    def chunks(self, group: Tensor) -> Iterator[Tensor]:
+    def chunks(self, group: Tensor) -> tuple[Tensor, ...]:
         """The frames of one latent frame, [1, 3, 1 or 4, H, W], cut as the core cuts them."""
-        yield from group.split(4 if self._in_blocks else 2, dim=2)
+        return group.split(4 if self._in_blocks else 2, dim=2)
 
     def cache(self, latents: int) -> Cache:
         """A new feature cache; the core runs a single Wan 2.1 frame without one."""
@@ -240,12 +239,10 @@ def _block_steps(
     for block in blocks:
         shortcut = block.avg_shortcut
         first = offset + len(steps)
-        if name == "downsamples":
-            steps.append(EVEN)
         layers = getattr(block, name)
         # A block keeps its input for the shortcut while its layers run.
         entry = frames * int(convolutions(layers[0])[0].in_channels)  # type: ignore[arg-type]
-        steps.append(Step(Same(0), cached=entry))
+        steps.append(Step(Even() if name == "downsamples" else Same(0), cached=entry))
         for layer in layers:
             steps.append(layer_step(layer, frames, frames))
             if is_resample(layer):
