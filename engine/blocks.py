@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import host
@@ -72,10 +73,19 @@ def rotate(x: Tensor, heads: int, freqs: Tensor) -> Tensor:
     return host.apply_rope(x.unflatten(-1, (heads, -1)), freqs).flatten(-2)
 
 
+def modulated_norm(norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """norm(x) * (1 + scale) + shift for a layer norm without weights of its own.
+
+    One row for all tokens goes into the norm as its weight and bias: a single pass over x.
+    """
+    if len(shift) == 1 and not norm.elementwise_affine:
+        return F.layer_norm(x, x.shape[-1:], 1 + scale[0], shift[0], norm.eps)
+    return torch.addcmul(shift, norm(x), 1 + scale)
+
+
 def attention_input(block: Any, x: Tensor, modulation: Modulation) -> Tensor:
     """The modulated, normalised tokens [1, n, C] that self-attention reads."""
-    shift, scale = modulation.rows[:2]
-    return torch.addcmul(shift, block.norm1(x), 1 + scale)
+    return modulated_norm(block.norm1, x, *modulation.rows[:2])
 
 
 def attention_output(block: Any, x: Tensor, attended: Tensor, modulation: Modulation) -> Tensor:
@@ -83,24 +93,39 @@ def attention_output(block: Any, x: Tensor, attended: Tensor, modulation: Modula
     return torch.addcmul(x, block.self_attn.o(attended), modulation.rows[2])
 
 
-def per_token(block: Any, x: Tensor, modulation: Modulation, text: Text, options: dict) -> Tensor:
-    """Cross-attention and feed-forward of tokens x [1, n, C]: nothing here sees another token."""
-    x = x + block.cross_attn(
+def cross_attention(block: Any, x: Tensor, text: Text, options: dict) -> Tensor:
+    """What cross-attention adds to tokens x [1, n, C]."""
+    return block.cross_attn(
         block.norm3(x), text.tokens, context_img_len=text.image_tokens, transformer_options=options
     )
-    for patch in options.get("patches", {}).get("attn2_patch", ()):
-        x = patch({"x": x, "transformer_options": options})
-    shift, scale, gate = modulation.rows[3:]
-    return torch.addcmul(x, block.ffn(torch.addcmul(shift, block.norm2(x), 1 + scale)), gate)
 
 
-def per_token_in_chunks(
+def feed_forward(block: Any, x: Tensor, modulation: Modulation) -> Tensor:
+    """What the feed-forward adds to tokens x [1, n, C], before its gate."""
+    return block.ffn(modulated_norm(block.norm2, x, *modulation.rows[3:5]))
+
+
+def per_token(
     block: Any, x: Tensor, modulation: Modulation, text: Text, options: dict, chunk: int
 ) -> None:
-    """`per_token` in place on x [1, n, C], `chunk` tokens at a time."""
+    """Cross-attention and feed-forward in place on x [1, n, C], `chunk` tokens at a time.
 
-    def compute(start: int, stop: int) -> None:
-        part = modulation.part(start, stop)
-        x[:, start:stop] = per_token(block, x[:, start:stop], part, text, options)
+    Nothing here sees another token. Each step adds its result last, so that a chunk that runs out
+    of memory can be repeated.
+    """
+    gate = modulation.rows[5]
+    patches = options.get("patches", {}).get("attn2_patch", ())
 
-    host.in_chunks(x.shape[1], chunk, compute)
+    def cross(start: int, stop: int) -> None:
+        part = x[:, start:stop]
+        part.add_(cross_attention(block, part, text, options))
+        for patch in patches:
+            part.copy_(patch({"x": part, "transformer_options": options}))
+
+    def forward(start: int, stop: int) -> None:
+        part, rows = x[:, start:stop], modulation.part(start, stop)
+        part_gate = gate if len(gate) == 1 else gate[start:stop]
+        part.addcmul_(feed_forward(block, part, rows), part_gate)
+
+    host.in_chunks(x.shape[1], chunk, cross)
+    host.in_chunks(x.shape[1], chunk, forward)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import inspect
+import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
@@ -31,6 +32,8 @@ import folder_paths
 import node_helpers
 import torch
 from comfy_api.latest import Input, InputImpl, Types
+from comfy_execution.utils import get_executing_context
+from server import PromptServer
 from torch import Tensor
 
 Wrappers = comfy.patcher_extension.WrappersMP
@@ -49,6 +52,12 @@ class LatentSpace:
     """Frames per latent after the first."""
     patch: tuple[int, int, int]
     """Latents per token: frames, height, width."""
+
+
+def use_on_device(model: Any) -> torch.device:
+    """Load a model's weights where ComfyUI computes, and say where that is."""
+    comfy.model_management.load_models_gpu([model], force_full_load=True)
+    return model.load_device
 
 
 def model_name(model: Any) -> str:
@@ -108,13 +117,24 @@ def seeded_noise(latent: Tensor, seed: int) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, options: dict) -> Tensor:
-    """ComfyUI's attention, as chosen by its start flags or by an override on the model.
+    """ComfyUI's attention, as chosen by its start flags or by an override in the options.
 
     q [B, Lq, C], k and v [B, Lk, C] -> [B, Lq, C].
     """
     return comfy.ldm.modules.attention.optimized_attention(
         q, k, v, heads=heads, transformer_options=options
     )
+
+
+def fused_on_cpu(chosen: Callable, *args: Any, **kwargs: Any) -> Tensor:
+    """An attention override: PyTorch's fused attention where ComfyUI would go sub-quadratic.
+
+    ComfyUI's default on the CPU saves memory that windows do not take, at half the speed.
+    """
+    stock = comfy.ldm.modules.attention
+    if chosen is getattr(stock.attention_sub_quad, "__wrapped__", None):
+        chosen = stock.attention_pytorch
+    return chosen(*args, **kwargs)
 
 
 def apply_rope(x: Tensor, freqs: Tensor) -> Tensor:
@@ -165,6 +185,76 @@ def empty_cache() -> None:
     """Give cached device memory back after a failed allocation."""
     gc.collect()
     comfy.model_management.soft_empty_cache()
+
+
+def host_free_memory() -> int:
+    """Bytes of host memory that may be allocated now."""
+    return free_memory(torch.device("cpu"))
+
+
+def host_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor in host memory, pinned where `device` copies faster from such."""
+    if device.type == "cuda":
+        try:
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
+        except RuntimeError:  # the system allows no more locked memory: slower, not wrong
+            logging.info("AtlasVid: no pinned memory left, copies will be slower")
+    return torch.empty(shape, dtype=dtype)
+
+
+class Mark:
+    """A point in a device's work that another thread can wait for."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.event = None
+        if device.type == "cuda":
+            self.event = torch.cuda.Event()
+            self.event.record(torch.cuda.current_stream(device))
+
+    @contextmanager
+    def after(self) -> Iterator[None]:
+        """Run device work of this thread beside the main stream, once the mark is reached."""
+        if self.event is None:
+            yield
+            return
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_event(self.event)
+        with torch.cuda.stream(stream):
+            yield
+
+
+def mark(device: torch.device) -> Mark:
+    """Remember what a device has been given to do so far."""
+    return Mark(device)
+
+
+def inference_itemsize(model: Any) -> int:
+    """Bytes per number of a model's activations."""
+    return comfy.model_management.dtype_size(model.model.get_dtype_inference())
+
+
+def has_scheduled_weights(model: Any) -> bool:
+    """Whether weights change with the conditioning or the step (hook LoRAs)."""
+    return bool(getattr(model, "hook_patches", None))
+
+
+def show_progress(text: str) -> None:
+    """Show a line in the node that is being executed; nothing outside of a server."""
+    context = get_executing_context()
+    instance = getattr(PromptServer, "instance", None)
+    if context is not None and instance is not None:
+        instance.send_progress_text(text, context.node_id)
+
+
+def noise_shape_for(model: Any, wanted: int) -> list[int]:
+    """A noise shape for which the stock memory estimate comes to `wanted` bytes.
+
+    The estimate is linear in the latent's area, for full-length activations that we do not have.
+    """
+    probe = 2**20
+    per_area = model.model.memory_required([2, 1, probe]) / probe
+    return [1, 1, max(1, int(wanted / per_area))]
 
 
 def in_chunks(total: int, size: int, compute: Callable[[int, int], None]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise, product
 from typing import NamedTuple
 
@@ -35,12 +35,25 @@ class Box(NamedTuple):
     size: Grid
 
 
-def flat_index(grid: Grid, boxes: list[Box], device: torch.device | None = None) -> Tensor:
-    """Raster index in `grid` of every token of boxes of one size: [boxes, tokens]."""
-    f, y, x = (torch.arange(n, device=device) for n in boxes[0].size)
-    starts = torch.tensor([box.start for box in boxes], device=device)[..., None, None, None]
-    rows = (starts[:, 0] + f[:, None, None]) * grid.height + starts[:, 1] + y[:, None]
-    return (rows * grid.width + starts[:, 2] + x).flatten(1)
+def starts_of(boxes: list[Box], device: torch.device) -> Tensor:
+    """Where boxes start: [boxes, 3]."""
+    return torch.tensor([box.start for box in boxes], device=device)
+
+
+def flat_index(grid: Grid, starts: Tensor, size: Grid, wrap: Grid | None = None) -> Tensor:
+    """Raster index in `grid` of every token of boxes of one size: [boxes, tokens].
+
+    Args:
+        starts: [boxes, 3].
+        wrap: where given, coordinates count modulo these sizes (a ring buffer along an axis).
+    """
+    coordinates = []
+    for axis, n in enumerate(size):
+        along = starts[:, axis, None] + torch.arange(n, device=starts.device)
+        coordinates.append(along if wrap is None else along % wrap[axis])
+    f, y, x = coordinates
+    rows = f[:, :, None, None] * grid.height + y[:, None, :, None]
+    return (rows * grid.width + x[:, None, None, :]).flatten(1)
 
 
 def cuts(length: int, window: int, shifted: bool) -> tuple[int, ...]:
@@ -81,6 +94,46 @@ class ShiftedWindows:
         for box in self.boxes(block):
             groups[box.size].append(box)
         return dict(groups)
+
+
+@dataclass(frozen=True)
+class SlidingWindows:
+    """Query tiles of half a window; each reads a key window of fixed size centred on it.
+
+    Key windows are clamped inward at borders, so that every query reads as many keys (FreeSwim's
+    inward window, per tile instead of per token).
+    """
+
+    grid: Grid
+    window: Grid
+
+    @property
+    def tile(self) -> Grid:
+        return Grid(*(max(1, w // 2) for w in self.window))
+
+    @property
+    def axis(self) -> int:
+        """The axis to stream along: the one on which a key window is shortest against the grid."""
+        return min(range(3), key=lambda i: self.window[i] / self.grid[i])
+
+    @property
+    def ring(self) -> Grid:
+        """Tokens whose keys and values are needed at a time: a key window's length of slices."""
+        sizes = list(self.grid)
+        sizes[self.axis] = self.window[self.axis]
+        return Grid(*sizes)
+
+    def tiles(self) -> list[Box]:
+        """The query tiles, in raster order."""
+        return ShiftedWindows(self.grid, self.tile).boxes(0)
+
+    def keys(self, tile: Box) -> Box:
+        """The key window of a tile."""
+        start = (
+            min(max(a + (size - w) // 2, 0), n - w)
+            for a, size, w, n in zip(tile.start, tile.size, self.window, self.grid, strict=True)
+        )
+        return Box(Grid(*start), self.window)
 
 
 @dataclass(frozen=True)
@@ -129,25 +182,24 @@ class GuideAlignment:
 
     def offsets(self, axis: int, window: Box) -> tuple[float, ...]:
         """Positions, from the window's first token, of the guide tokens that it reads."""
-        first = self.box(window).start[axis]
+        first = self._first(axis, window)
         positions = self.positions[axis][first : first + self.count[axis]]
         return tuple(p - window.start[axis] for p in positions)
 
     def box(self, window: Box) -> Box:
         """The guide tokens that a window reads."""
-        start = (
-            _nearest_run(p, n, a + (size - 1) / 2)
-            for p, n, a, size in zip(
-                self.positions, self.count, window.start, window.size, strict=True
-            )
-        )
-        return Box(Grid(*start), self.count)
+        return Box(Grid(*(self._first(axis, window) for axis in range(3))), self.count)
+
+    def _first(self, axis: int, window: Box) -> int:
+        centre = window.start[axis] + (window.size[axis] - 1) / 2
+        return _nearest_run(self.positions[axis], self.count[axis], centre)
 
 
 def _cell_centres(cells: int, length: int) -> tuple[float, ...]:
     return tuple((i + 0.5) * length / cells - 0.5 for i in range(cells))
 
 
+@lru_cache(maxsize=4096)
 def _nearest_run(positions: tuple[float, ...], count: int, centre: float) -> int:
     """First index of the `count` neighbours whose farther end is nearest to `centre`.
 

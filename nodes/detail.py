@@ -2,11 +2,12 @@
 
 from comfy_api.latest import io
 
-from ..engine.detail import GUIDE_NOISE, apply_detail_branch, preset_window
+from ..engine.detail import apply_detail_branch
 from ..engine.grid import Grid
 from ..engine.guidance import apply_structure_guidance
 from ..engine.latents import require_proxy, upscale_proxy
-from .types import CATEGORY, PlanType
+from ..engine.settings import GUIDE_NOISE, OVERLAPS, preset_window
+from .types import CATEGORY, PlanType, memory_budget_input
 
 
 class AtlasVidDetailLatent(io.ComfyNode):
@@ -77,10 +78,11 @@ class AtlasVidHierarchicalAttention(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "overlap",
-                    options=["shifted"],
+                    options=list(OVERLAPS),
                     default="shifted",
                     tooltip="shifted: windows move by half their size on every other block, so "
-                    "that no border stays.",
+                    "that no border stays; fastest. sliding: every tile reads a window centred on "
+                    "it, for trained size windows without a LoRA; slower.",
                 ),
                 io.Combo.Input(
                     "guide_noise",
@@ -107,6 +109,11 @@ class AtlasVidHierarchicalAttention(io.ComfyNode):
                     tooltip="Part of the sampling at which this ends. After it the model's own "
                     "full attention runs, which is slow at large sizes.",
                 ),
+                memory_budget_input(
+                    "Card memory that sampling may use beside the weights. auto: half of what is "
+                    "free. With less, work is done in smaller pieces and, if need be, tokens "
+                    "stream from the computer's memory: slower, same result."
+                ),
                 io.Latent.Input(
                     "proxy",
                     optional=True,
@@ -118,7 +125,16 @@ class AtlasVidHierarchicalAttention(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, plan, window, overlap, guide_noise, start_percent, end_percent, proxy=None
+        cls,
+        model,
+        plan,
+        window,
+        overlap,
+        guide_noise,
+        start_percent,
+        end_percent,
+        memory_budget="auto",
+        proxy=None,
     ) -> io.NodeOutput:
         custom = Grid(*(window.get(side, 1) for side in ("frames", "height", "width")))
         size = preset_window(window["window"], plan, custom)

@@ -9,13 +9,21 @@ import torch
 import torch.nn.functional as F
 
 
-def axis_windows(length, window, odd_block):
-    """The window number of every index along one axis."""
+def axis_spans(length, window, odd_block, overlap):
+    """The first key and the one past the last, [length, 2], of every query along one axis."""
+    window = min(window, length)
     index = torch.arange(length)
-    if window >= length:
-        return torch.zeros_like(index)
+    if overlap == "sliding":
+        tile = max(1, window // 2)
+        first = index // tile * tile
+        last = (first + tile).clamp(max=length)
+        low = ((first + last - window) / 2).floor().clamp(0, length - window).long()
+        return torch.stack([low, low + window], 1)
+    if window == length:
+        return torch.tensor([[0, length]] * length)
     offset = window - window // 2 if odd_block and window > 1 else 0
-    return (index + offset) // window
+    low = (index + offset) // window * window - offset
+    return torch.stack([low, low + window], 1).clamp(0, length)
 
 
 def time_positions(count, r):
@@ -26,16 +34,13 @@ def space_positions(count, length):
     return torch.tensor([(i + 0.5) * length / count - 0.5 for i in range(count)])
 
 
-def axis_reads(windows, window, positions, spacing):
+def axis_reads(spans, window, positions, spacing):
     """Boolean [length, guide]: which guide indices each target index may read along one axis."""
-    count = min(len(positions), math.floor(min(window, len(windows)) / spacing) + 2)
-    reads = torch.zeros(len(windows), len(positions), dtype=torch.bool)
-    for number in windows.unique():
-        members = (windows == number).nonzero().flatten().float()
-        centre = (members[0] + members[-1]) / 2
-        distance = ((positions - centre).abs() * 1e5).round()
-        nearest = torch.argsort(distance, stable=True)[:count]
-        reads[(windows == number)[:, None] & torch.isin(torch.arange(len(positions)), nearest)] = 1
+    count = min(len(positions), math.floor(min(window, len(spans)) / spacing) + 2)
+    reads = torch.zeros(len(spans), len(positions), dtype=torch.bool)
+    for i, (low, high) in enumerate(spans.tolist()):
+        distance = ((positions - (low + high - 1) / 2).abs() * 1e5).round()
+        reads[i, torch.argsort(distance, stable=True)[:count]] = True
     return reads
 
 
@@ -77,7 +82,18 @@ def time_rows(model, t):
     return e.view(len(t), -1, model.dim)
 
 
-def dense_forward(model, x, t, context, window, guide=None, guide_t=None, stride=4, clip_fea=None):
+def dense_forward(
+    model,
+    x,
+    t,
+    context,
+    window,
+    guide=None,
+    guide_t=None,
+    stride=4,
+    clip_fea=None,
+    overlap="shifted",
+):
     """x [B, C, T, H, W], guide [B, C, F_g, H_g, W_g] already noised -> [B, C_out, T, H, W]."""
     items = [
         _dense_item(
@@ -90,13 +106,14 @@ def dense_forward(model, x, t, context, window, guide=None, guide_t=None, stride
             None if guide is None else guide_t[b : b + 1],
             stride,
             None if clip_fea is None else clip_fea[b : b + 1],
+            overlap,
         )
         for b in range(len(x))
     ]
     return torch.cat(items)
 
 
-def _dense_item(model, x, t, context, window, guide, guide_t, stride, clip_fea):
+def _dense_item(model, x, t, context, window, guide, guide_t, stride, clip_fea, overlap):
     heads = model.num_heads
     tokens, (f, h, w) = embed(model, x)
     e = time_rows(model, t)
@@ -126,9 +143,13 @@ def _dense_item(model, x, t, context, window, guide, guide_t, stride, clip_fea):
 
     for i, block in enumerate(model.blocks):
         attn = block.self_attn
-        cells = [axis_windows(n, a, i % 2) for n, a in zip((f, h, w), window, strict=True)]
-        same = [c[:, None] == c[None] for c in cells]
-        mask = torch.einsum("abi,cdi,efi->acebdf", *(s[..., None].float() for s in same))
+        spans = [
+            axis_spans(n, a, i % 2 == 1, overlap) for n, a in zip((f, h, w), window, strict=True)
+        ]
+        inside = [
+            (s[:, :1] <= torch.arange(len(s))) & (torch.arange(len(s)) < s[:, 1:]) for s in spans
+        ]
+        mask = torch.einsum("ab,cd,ef->acebdf", *(s.float() for s in inside))
         mask = mask.reshape(f * h * w, f * h * w).bool()
         m = rows(block, e, row_of)
         y = block.norm1(tokens) * (1 + m[1]) + m[0]
@@ -142,7 +163,7 @@ def _dense_item(model, x, t, context, window, guide, guide_t, stride, clip_fea):
             spacing = (stride, h / hg, w / wg)
             reads = [
                 axis_reads(c, a, p, s)
-                for c, a, p, s in zip(cells, window, axes, spacing, strict=True)
+                for c, a, p, s in zip(spans, window, axes, spacing, strict=True)
             ]
             seen = torch.einsum("ai,bj,ck->abcijk", *(r.float() for r in reads))
             seen = seen.reshape(f * h * w, fg * hg * wg).bool()

@@ -117,14 +117,10 @@ def link_pack(base: Path) -> None:
 
 def share_models(base: Path, comfyui: Path) -> list[str]:
     """Options that let a server on `base` find the model files in `comfyui`'s own folder."""
-    folders = {
-        folder.name: f"{folder.name}/"
-        for folder in (comfyui / "models").iterdir()
-        if folder.is_dir()
-    }
+    models = comfyui / "models"
+    folders = {each.name: f"{each.name}/" for each in models.glob("*/")}
     paths = base / "extra_model_paths.yaml"  # JSON is YAML
-    models = {"base_path": str(comfyui / "models"), **folders}
-    paths.write_text(json.dumps({"comfyui": models}), "utf-8")
+    paths.write_text(json.dumps({"own": {"base_path": str(models), **folders}}), "utf-8")
     return ["--extra-model-paths-config", str(paths)]
 
 

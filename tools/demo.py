@@ -8,6 +8,7 @@ weights, so the picture is noise: what it shows is that every stage works on thi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -194,7 +195,9 @@ def demo() -> int:
                 report(python, file)
             if options.serve:
                 say(f"open {server.address} in a browser; Ctrl+C ends it")
-                server.process.wait()
+                with contextlib.suppress(KeyboardInterrupt):
+                    server.process.wait()
+                say("ComfyUI has ended")
     return 0
 
 

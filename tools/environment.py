@@ -301,10 +301,12 @@ def install(cache: Path, folder: Path, layers: tuple[Layer, ...]) -> Path:
         drop_half_installed(folder)
         wanted = folder / f"{layer.name}.txt"
         wanted.write_text("\n".join(layer.requirements) + "\n", "utf-8")
-        bound = folder / f"{layers[0].name}-constraints.txt"
-        pins = [line for line in layers[0].requirements if "==" in line]
-        bound.write_text("\n".join(pins) + "\n", "utf-8")
-        pip(python, "install", "-r", str(wanted), "-c", str(bound), cache=cache)
+        options = ("-r", str(wanted))
+        if layer is not layers[0]:
+            options += ("-c", str(folder / f"{layers[0].name}-pins.txt"))
+        pip(python, "install", *options, cache=cache)
+        pins = [line for line in layer.requirements if "==" in line]
+        (folder / f"{layer.name}-pins.txt").write_text("\n".join(pins) + "\n", "utf-8")
         marker(folder, layer).write_text("\n".join(layer.requirements) + "\n", "utf-8")
     return python_in(folder)
 
@@ -408,6 +410,6 @@ def stop_on_errors(main: Callable[[], int]) -> None:
         say(f"stopped: {error}")
         code = 1
     except KeyboardInterrupt:
-        say("interrupted; the next run goes on from here")
+        say("interrupted; what is set up so far is kept")
         code = 130
     sys.exit(code)

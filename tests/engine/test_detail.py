@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from atlasvid.engine import forward as engine_forward
 from atlasvid.engine import host
 from atlasvid.engine.detail import apply_detail_branch
 from atlasvid.engine.grid import Grid
+from atlasvid.engine.settings import GUIDE_NOISE, OVERLAPS
 from dense_reference import dense_forward
 from wan import forward, plan_of, rand, relative_error, small_wan
 
@@ -40,10 +42,12 @@ def noised(wan, proxy, timestep, guide_noise):
 
 @pytest.mark.parametrize("latent", [(5, 8, 10), (5, 7, 9), (1, 6, 6)])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_one_window_without_guide_is_the_stock_forward(wan, latent, batch):
+@pytest.mark.parametrize("overlap", OVERLAPS)
+def test_one_window_without_guide_is_the_stock_forward(wan, latent, batch, overlap):
     plan = plan_of(latent, (2 if latent[0] > 1 else 1, 4, 4))
     x, t, context = inputs(latent, batch)
-    ours = forward(apply_detail_branch(wan, plan, None, WHOLE, "clean"), x, t, context)
+    patched = apply_detail_branch(wan, plan, None, WHOLE, "clean", overlap=overlap)
+    ours = forward(patched, x, t, context)
     assert relative_error(ours, forward(wan, x, t, context)) < 1e-5
 
 
@@ -98,25 +102,27 @@ CASES = [
 
 
 @pytest.mark.parametrize(("latent", "proxy_latent", "stride", "window", "batch"), CASES)
-@pytest.mark.parametrize("guide_noise", ["clean", "matched"])
+@pytest.mark.parametrize("guide_noise", GUIDE_NOISE)
+@pytest.mark.parametrize("overlap", OVERLAPS)
 def test_windows_and_guide_equal_the_dense_reference(
-    wan, latent, proxy_latent, stride, window, batch, guide_noise
+    wan, latent, proxy_latent, stride, window, batch, guide_noise, overlap
 ):
     plan = plan_of(latent, proxy_latent, stride)
     proxy = rand(1, 16, *proxy_latent, seed=4)
     x, t, context = inputs(latent, batch)
-    patched = apply_detail_branch(wan, plan, proxy, Grid(*window), guide_noise)
+    patched = apply_detail_branch(wan, plan, proxy, Grid(*window), guide_noise, overlap=overlap)
     ours = forward(patched, x, t, context)
     guide, guide_t = noised(wan, proxy, t, guide_noise)
     with torch.no_grad():
         model = wan.model.diffusion_model
-        dense = dense_forward(model, x, t, context, window, guide, guide_t, stride)
-        unguided = dense_forward(model, x, t, context, window)
+        dense = dense_forward(model, x, t, context, window, guide, guide_t, stride, overlap=overlap)
+        unguided = dense_forward(model, x, t, context, window, overlap=overlap)
     assert relative_error(ours, dense) < 1e-4
     assert relative_error(unguided, dense) > 1e-2, "the guide must matter for this to be a test"
 
 
-def test_random_geometries_equal_the_dense_reference(wan):
+@pytest.mark.parametrize("overlap", OVERLAPS)
+def test_random_geometries_equal_the_dense_reference(wan, overlap):
     generator = torch.Generator().manual_seed(11)
 
     def pick(low, high):
@@ -130,13 +136,13 @@ def test_random_geometries_equal_the_dense_reference(wan):
         plan = plan_of(latent, proxy_latent, stride)
         proxy = rand(1, 16, *proxy_latent, seed=4)
         x, t, context = inputs(latent)
-        ours = forward(
-            apply_detail_branch(wan, plan, proxy, Grid(*window), "matched"), x, t, context
-        )
+        patched = apply_detail_branch(wan, plan, proxy, Grid(*window), "matched", overlap=overlap)
+        ours = forward(patched, x, t, context)
         guide, guide_t = noised(wan, proxy, t, "matched")
         with torch.no_grad():
+            model = wan.model.diffusion_model
             dense = dense_forward(
-                wan.model.diffusion_model, x, t, context, window, guide, guide_t, stride
+                model, x, t, context, window, guide, guide_t, stride, overlap=overlap
             )
         assert relative_error(ours, dense) < 1e-4, (latent, proxy_latent, stride, window)
 
@@ -180,17 +186,17 @@ def test_per_frame_timesteps_with_guide_equal_the_dense_reference(wan):
 
 def test_guide_never_reads_the_target(wan, monkeypatch):
     """Asymmetry: the keys that the guide stream yields do not change with the target tokens."""
-    from atlasvid.engine import detail
+    from atlasvid.engine import guide
 
     seen = []
-    stock = detail.GuideStream.keys_of_blocks
+    stock = guide.GuideStream.keys_of_blocks
 
     def recorded(self):
         for keys, values in stock(self):
             seen[-1].append((keys.clone(), values.clone()))
             yield keys, values
 
-    monkeypatch.setattr(detail.GuideStream, "keys_of_blocks", recorded)
+    monkeypatch.setattr(guide.GuideStream, "keys_of_blocks", recorded)
     plan = plan_of((5, 8, 8), (2, 4, 4))
     patched = apply_detail_branch(wan, plan, rand(1, 16, 2, 4, 4), Grid(2, 2, 2), "clean")
     x, t, context = inputs((5, 8, 8))
@@ -219,23 +225,25 @@ def test_a_far_change_leaves_a_token_bit_equal():
     assert not torch.equal(a[:, :, 2:], b[:, :, 2:])
 
 
-def test_chunk_size_does_not_change_the_result(wan, monkeypatch):
-    from atlasvid.engine.detail import DetailForward
-
+@pytest.mark.parametrize("overlap", OVERLAPS)
+def test_chunk_size_does_not_change_the_result(wan, monkeypatch, overlap):
     plan = plan_of((5, 14, 18), (2, 6, 8))
-    patched = apply_detail_branch(wan, plan, rand(1, 16, 2, 6, 8), Grid(2, 4, 4), "clean")
+    proxy = rand(1, 16, 2, 6, 8)
+    patched = apply_detail_branch(wan, plan, proxy, Grid(2, 4, 4), "clean", overlap=overlap)
     x, t, context = inputs((5, 14, 18))
     results = []
     for chunk in (7, 64, 100_000):
-        monkeypatch.setattr(DetailForward, "_chunk_tokens", lambda self, tokens, n=chunk: n)
+        monkeypatch.setattr(engine_forward, "CPU_CHUNK", chunk)
         results.append(forward(patched, x, t, context))
     assert relative_error(results[0], results[2]) < 1e-6
     assert relative_error(results[1], results[2]) < 1e-6
 
 
-def test_out_of_memory_halves_the_chunk_and_goes_on(wan, monkeypatch):
+@pytest.mark.parametrize("overlap", OVERLAPS)
+def test_out_of_memory_halves_the_chunk_and_goes_on(wan, monkeypatch, overlap):
     plan = plan_of((5, 14, 18), (2, 6, 8))
-    patched = apply_detail_branch(wan, plan, rand(1, 16, 2, 6, 8), Grid(2, 4, 4), "clean")
+    proxy = rand(1, 16, 2, 6, 8)
+    patched = apply_detail_branch(wan, plan, proxy, Grid(2, 4, 4), "clean", overlap=overlap)
     x, t, context = inputs((5, 14, 18))
     expected = forward(patched, x, t, context)
     stock, sizes = host.attention, []

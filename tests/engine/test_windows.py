@@ -7,11 +7,13 @@ from atlasvid.engine.windows import (
     ShiftedWindows,
     cuts,
     flat_index,
+    starts_of,
     trained_size,
 )
 from hypothesis import given
 from hypothesis import strategies as st
 
+CPU = torch.device("cpu")
 sizes = st.tuples(st.integers(1, 9), st.integers(1, 13), st.integers(1, 13))
 
 
@@ -22,7 +24,7 @@ def test_boxes_cover_every_token_once(grid, window, block):
     groups = ShiftedWindows(grid, window).by_size(block)
     for size, boxes in groups.items():
         assert all(a <= b for a, b in zip(size, window, strict=True))
-        index = flat_index(grid, boxes)
+        index = flat_index(grid, starts_of(boxes, CPU), size)
         assert index.shape == (len(boxes), size.count)
         seen.index_add_(0, index.flatten(), torch.ones(index.numel(), dtype=torch.int))
     assert (seen == 1).all()
@@ -32,7 +34,7 @@ def test_flat_index_is_raster_order():
     grid = Grid(3, 4, 5)
     raster = torch.arange(grid.count).view(grid)
     boxes = [Box(Grid(1, 2, 3), Grid(2, 1, 2)), Box(Grid(0, 0, 0), Grid(2, 1, 2))]
-    index = flat_index(grid, boxes)
+    index = flat_index(grid, starts_of(boxes, CPU), boxes[0].size)
     assert torch.equal(index[0], raster[1:3, 2:3, 3:5].flatten())
     assert torch.equal(index[1], raster[:2, :1, :2].flatten())
 

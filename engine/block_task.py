@@ -1,0 +1,67 @@
+"""One block on one batch item: what every way of cutting the grid into windows shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from . import blocks, host
+from .grid import Grid
+from .tokens import Tokens
+
+
+@dataclass(frozen=True)
+class BlockTask:
+    """A block and the target tokens of one batch item, which it updates in place.
+
+    Args:
+        tokens: of the item, in raster order.
+        grid: F, h, w.
+        guide: unrotated keys and values of the guide [L_g, C], or None.
+        chunk: tokens to evaluate at a time.
+    """
+
+    block: Any
+    tokens: Tokens
+    grid: Grid
+    modulation: blocks.Modulation
+    text: blocks.Text
+    guide: tuple[Tensor, Tensor] | None
+    heads: int
+    options: dict
+    chunk: int
+    device: torch.device
+
+    def read(self, index: Tensor) -> tuple[Tensor, blocks.Modulation]:
+        """Tokens [1, n, C] at raster indices [n], and their modulation."""
+        frames = (
+            index // (self.grid.height * self.grid.width) if self.modulation.per_frame else None
+        )
+        return self.tokens.read(index)[None], self.modulation.of_tokens(frames)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of windows: q [n, L, C] over k and v [n, K, C] -> [1, n * L, C]."""
+        out = host.attention(q, k, v, self.heads, self.options)
+        for patch in self.options.get("patches", {}).get("attn1_patch", ()):
+            out = patch({"x": out, "q": q, "k": k, "transformer_options": self.options})
+        return out.reshape(1, -1, out.shape[-1])
+
+    def finish(
+        self, x: Tensor, attended: Tensor, modulation: blocks.Modulation, index: Tensor
+    ) -> None:
+        """The rest of the block for tokens x [1, n, C] at `index`, written back at the end."""
+        x = blocks.attention_output(self.block, x, attended, modulation)
+        del attended
+        blocks.per_token(self.block, x, modulation, self.text, self.options, self.chunk)
+        self.tokens.write(index, x[0])
+
+
+class WindowAttention(Protocol):
+    """A way of cutting the grid into windows. Lives for a sampling run."""
+
+    def evaluate(self, task: BlockTask, index: int) -> None:
+        """Evaluate block number `index` in place on the task's tokens."""
+        ...

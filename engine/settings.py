@@ -1,0 +1,56 @@
+"""What the artist chooses for the detail branch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .grid import Grid
+from .plan import Plan
+from .windows import COMPACT, trained_size
+
+OVERLAPS = ("shifted", "sliding")
+GUIDE_NOISE = ("matched", "clean")
+
+
+def require_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Refuse a value that is not one of the allowed.
+
+    Raises:
+        ValueError: says which are.
+    """
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}.")
+
+
+@dataclass(frozen=True)
+class DetailSettings:
+    """What the artist chose for the detail branch."""
+
+    plan: Plan
+    window: Grid
+    overlap: str
+    guide_noise: str
+    proxy: Tensor | None
+    """The proxy latent as the model sees it (process_in applied), or None for windows alone."""
+    sigma_start: float
+    sigma_end: float
+    budget: int | None = None
+    """Bytes of device memory beside the weights, or None for what is free."""
+
+
+def preset_window(preset: str, plan: Plan, custom: Grid) -> Grid:
+    """The window of a preset: `compact`, `trained size`, or `custom`, which gives its own sizes.
+
+    Raises:
+        ValueError: unknown preset, or a custom size below 1.
+    """
+    presets = {"compact": COMPACT, "trained size": trained_size(plan.proxy_tokens)}
+    if preset == "custom":
+        if min(custom) < 1:
+            raise ValueError(f"The custom window is {custom}; every side must be at least 1 token.")
+        return custom
+    if preset not in presets:
+        raise ValueError(f"window is {preset!r}; allowed are {', '.join(presets)}, custom.")
+    return presets[preset]

@@ -1,0 +1,186 @@
+"""Sliding windows: query tiles that read a key window of fixed size around them.
+
+Neighbouring tiles share keys, and a block must see every token as it was before the block. So the
+grid is streamed along one axis: keys and values live in a ring of as many slices as a key window
+is long, and are made before any tile that they belong to is written.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from . import blocks, host
+from .block_task import BlockTask
+from .grid import Grid
+from .rope import RopeAxes, join_axes
+from .windows import Box, GuideAlignment, SlidingWindows, flat_index, starts_of
+
+
+@dataclass(frozen=True)
+class TileGroup:
+    """Query tiles of one size and one place along the streamed axis.
+
+    All starts are [tiles, 3].
+    """
+
+    size: Grid
+    tiles: Tensor
+    keys: Tensor
+    guide: Tensor | None
+    last_slice: int
+    """Slices of the streamed axis that must be in the ring: up to, not including, this one."""
+
+
+class Ring:
+    """Rotated keys and values of the last slices along the streamed axis.
+
+    Args:
+        grid: the target's tokens, with the streamed axis cut to a key window's length.
+    """
+
+    def __init__(self, grid: Grid, like: Tensor):
+        self.grid = grid
+        self.keys = like.new_empty((grid.count, like.shape[-1]))
+        self.values = torch.empty_like(self.keys)
+        self.filled = 0
+
+
+class SlidingAttention:
+    """Evaluates blocks by sliding windows.
+
+    Args:
+        alignment: the guide's, or None without guide.
+        rope: rotations of the target's positions.
+    """
+
+    def __init__(self, windows: SlidingWindows, alignment: GuideAlignment | None, rope: RopeAxes):
+        self.windows = windows
+        self.alignment = alignment
+        self.rope = rope
+        self.axis = windows.axis
+        self._prepared: tuple[list[TileGroup], list[Tensor], Tensor | None] | None = None
+
+    def evaluate(self, task: BlockTask, index: int) -> None:
+        del index  # the tiles are the same in every block
+        groups, tables, guide_freqs = self._prepare(task.device)
+        ring = Ring(self.windows.ring, task.modulation.rows[0])
+        guide = None
+        if task.guide is not None:
+            assert guide_freqs is not None
+            keys, values = task.guide
+            guide = blocks.rotate(keys[None], task.heads, guide_freqs)[0], values
+        for group in groups:
+            self._fill(task, ring, group.last_slice, tables)
+            keys_per_tile = self.windows.window.count + (
+                self.alignment.count.count if guide and self.alignment else 0
+            )
+            at_a_time = max(1, 2 * task.chunk // (group.size.count + keys_per_tile))
+            host.in_chunks(
+                len(group.tiles),
+                at_a_time,
+                partial(self._evaluate, task, ring, guide, group, tables),
+            )
+
+    def _prepare(self, device: torch.device) -> tuple[list[TileGroup], list[Tensor], Tensor | None]:
+        """Tiles in streaming order, per-axis rotations of the target, rotations of the guide."""
+        if self._prepared is None:
+            tables = [
+                self.rope.table(axis, torch.arange(n, device=device))
+                for axis, n in enumerate(self.windows.grid)
+            ]
+            guide_freqs = None
+            if self.alignment is not None:
+                guide_freqs = join_axes(
+                    [
+                        self.rope.tables(axis, torch.tensor([positions], device=device))
+                        for axis, positions in enumerate(self.alignment.positions)
+                    ]
+                )
+            self._prepared = self._groups(device), tables, guide_freqs
+        return self._prepared
+
+    def _groups(self, device: torch.device) -> list[TileGroup]:
+        by_place: dict[tuple[int, Grid], list[Box]] = defaultdict(list)
+        for tile in self.windows.tiles():
+            by_place[tile.start[self.axis], tile.size].append(tile)
+        groups = []
+        for _, tiles in sorted(by_place.items()):
+            keys = [self.windows.keys(tile) for tile in tiles]
+            guide = None
+            if self.alignment is not None:
+                guide = starts_of([self.alignment.box(box) for box in keys], device)
+            groups.append(
+                TileGroup(
+                    tiles[0].size,
+                    starts_of(tiles, device),
+                    starts_of(keys, device),
+                    guide,
+                    keys[0].start[self.axis] + keys[0].size[self.axis],
+                )
+            )
+        return groups
+
+    def _fill(self, task: BlockTask, ring: Ring, last: int, tables: list[Tensor]) -> None:
+        """Make keys and values of the slices up to `last` from tokens not yet written."""
+        if last <= ring.filled:
+            return
+        start, size = [0, 0, 0], list(self.windows.grid)
+        start[self.axis], size[self.axis] = ring.filled, last - ring.filled
+        starts = torch.tensor([start], device=task.device)
+        index = flat_index(self.windows.grid, starts, Grid(*size))[0]
+        slot = flat_index(ring.grid, starts, Grid(*size), wrap=ring.grid)[0]
+
+        def compute(begin: int, end: int) -> None:
+            part = index[begin:end]
+            x, modulation = task.read(part)
+            y = blocks.attention_input(task.block, x, modulation)
+            freqs = self._rotations_of(part, tables)
+            keys = blocks.rotate(blocks.keys(task.block.self_attn, y), task.heads, freqs)
+            values = task.block.self_attn.v(y)
+            ring.keys[slot[begin:end]] = keys[0]
+            ring.values[slot[begin:end]] = values[0]
+
+        host.in_chunks(len(index), task.chunk, compute)
+        ring.filled = last
+
+    def _rotations_of(self, index: Tensor, tables: list[Tensor]) -> Tensor:
+        """Rotations [1, n, 1, d/2, 2, 2] of tokens at raster indices [n]."""
+        _, h, w = self.windows.grid
+        coordinates = (index // (h * w), index // w % h, index % w)
+        rows = [table[i] for table, i in zip(tables, coordinates, strict=True)]
+        return torch.cat(rows, dim=1)[None, :, None]
+
+    def _evaluate(
+        self,
+        task: BlockTask,
+        ring: Ring,
+        guide: tuple[Tensor, Tensor] | None,
+        group: TileGroup,
+        tables: list[Tensor],
+        start: int,
+        stop: int,
+    ) -> None:
+        """Tiles start to stop of a group."""
+        windows = self.windows
+        index = flat_index(windows.grid, group.tiles[start:stop], group.size).flatten()
+        x, modulation = task.read(index)
+        y = blocks.attention_input(task.block, x, modulation)
+        q = blocks.queries(task.block.self_attn, y)
+        q = blocks.rotate(q, task.heads, self._rotations_of(index, tables))
+        q = q.view(stop - start, group.size.count, -1)
+        read = flat_index(ring.grid, group.keys[start:stop], windows.window, wrap=ring.grid)
+        k, v = ring.keys[read], ring.values[read]
+        if guide is not None:
+            assert self.alignment is not None
+            assert group.guide is not None
+            aligned = group.guide[start:stop]
+            read = flat_index(self.alignment.guide, aligned, self.alignment.count)
+            k, v = torch.cat([k, guide[0][read]], dim=1), torch.cat([v, guide[1][read]], dim=1)
+        attended = task.attend(q, k, v)
+        del y, q, k, v
+        task.finish(x, attended, modulation, index)

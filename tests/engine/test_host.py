@@ -1,0 +1,59 @@
+"""Which models the pack accepts, on real model classes of ComfyUI at small sizes."""
+
+import comfy.supported_models
+import pytest
+import torch
+from atlasvid.engine import host, tiny
+from comfy.model_patcher import ModelPatcher
+from wan import small_wan
+
+
+def small_flux() -> ModelPatcher:
+    """An image model: Flux with one block of one head."""
+    config = {
+        "image_model": "flux",
+        "in_channels": 16,
+        "out_channels": 16,
+        "patch_size": 2,
+        "vec_in_dim": 64,
+        "context_in_dim": 64,
+        "hidden_size": 128,
+        "mlp_ratio": 1.0,
+        "num_heads": 1,
+        "depth": 1,
+        "depth_single_blocks": 1,
+        "axes_dim": [16, 56, 56],
+        "txt_ids_dims": [],
+        "theta": 10000,
+        "qkv_bias": True,
+        "guidance_embed": False,
+    }
+    model_config = comfy.supported_models.Flux(config)
+    model_config.set_inference_dtype(torch.float32, None)
+    cpu = torch.device("cpu")
+    return ModelPatcher(model_config.get_model({}, device=cpu), cpu, cpu)
+
+
+def small_vace() -> ModelPatcher:
+    """A Wan with VACE's control blocks, as the stock loader recognises it."""
+    state = tiny.wan_state(num_layers=2)
+    controls = {
+        name.replace("blocks.", "vace_blocks.", 1): value
+        for name, value in state.items()
+        if name.startswith("blocks.0.")
+    }
+    return host.load_diffusion_model(
+        {**state, **controls, "vace_patch_embedding.weight": torch.zeros(256, 96, 1, 2, 2)}
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "name"), [(small_flux, "Flux"), (small_vace, "WAN21_Vace")], ids=["image", "vace"]
+)
+def test_other_models_are_named_beside_those_supported(make, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"recognised as {name}.*Supported are Wan 2\.1"):
+        host.latent_space(make())
+
+
+def test_a_plain_wan_is_accepted() -> None:
+    assert host.latent_space(small_wan()) == host.LatentSpace(16, 8, 4, (1, 2, 2))

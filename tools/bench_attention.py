@@ -1,0 +1,262 @@
+"""One forward of the detail branch against the stock forward, its floor and its growth."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from measure import RESULTS, markdown_table, measure, run_case, save_results
+
+STRIDE = 4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Wan to measure. Real ones have random weights too: speed does not depend on them."""
+
+    dim: int
+    ffn_dim: int
+    layers: int
+    dtype: str
+
+
+SHAPES = {
+    "tiny": Shape(256, 1024, 4, "float32"),
+    "1.3B": Shape(1536, 8960, 30, "bfloat16"),
+    "14B": Shape(5120, 13824, 40, "bfloat16"),
+}
+# Token grids (frames, height, width) with a guide of a quarter of the size along every axis.
+AGAINST_STOCK = ((9, 48, 64), (33, 32, 64))
+GROWTH = ((9, 24, 40), (9, 48, 64), (33, 32, 64), (33, 64, 64), (33, 64, 128))
+UHD_81 = (21, 135, 240)
+UHD_161 = (41, 135, 240)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--quick", action="store_true", help="leave out the sizes that take minutes"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.case:
+        print(json.dumps(run_one(**json.loads(args.case))))
+        return
+    import torch
+
+    (run_on_cuda if torch.cuda.is_available() else run_on_cpu)(quick=args.quick)
+
+
+def run_one(shape: str, what: str, grid: list[int], repeat: int = 1) -> dict[str, Any]:
+    """Measures `what`: the `stock` forward, `ours`, or `products`, the matrix products of ours."""
+    import torch
+
+    bench = Forward(SHAPES[shape], tuple(grid))
+    with torch.inference_mode():
+        call = {"stock": bench.stock, "ours": bench.ours, "products": bench.products}[what]
+        if repeat > 1:
+            call()
+        result = measure(call, repeat)
+    return {**result, "tokens": math.prod(grid), "floor_flops": bench.flops()}
+
+
+class Forward:
+    """A model of one shape, its inputs and its plan for a token grid."""
+
+    def __init__(self, shape: Shape, grid: tuple[int, int, int]):
+        import torch
+        from atlasvid.engine import host, tiny
+        from atlasvid.engine.detail import apply_detail_branch
+        from atlasvid.engine.plan import Plan
+        from atlasvid.engine.windows import COMPACT
+
+        dtype = getattr(torch, shape.dtype)
+        state = tiny.wan_state(
+            dim=shape.dim,
+            ffn_dim=shape.ffn_dim,
+            num_heads=shape.dim // 128,
+            num_layers=shape.layers,
+        )
+        self.patcher = host.load_diffusion_model({k: v.to(dtype) for k, v in state.items()})
+        device = host.use_on_device(self.patcher)
+        f, h, w = grid
+        guide = ((f - 1) // STRIDE + 1, h // 4, w // 4)
+        space = host.latent_space(self.patcher)
+        pixels = 2 * space.spatial
+        self.plan = Plan(
+            width=w * pixels,
+            height=h * pixels,
+            frames=4 * (f - 1) + 1,
+            fps=16.0,
+            temporal_stride=STRIDE,
+            proxy_width=guide[2] * pixels,
+            proxy_height=guide[1] * pixels,
+            proxy_frames=4 * (guide[0] - 1) + 1,
+            space=space,
+        )
+        proxy = torch.randn(1, space.channels, *self.plan.proxy_latent)
+        self.patched = apply_detail_branch(self.patcher, self.plan, proxy, COMPACT, "clean")
+        self.x = torch.randn(1, space.channels, *self.plan.latent).to(device, dtype)
+        self.timestep = torch.tensor([500.0], device=device)
+        self.text = torch.randn(1, 512, 4096).to(device, dtype)
+
+    def _forward(self, patcher: Any) -> Any:
+        options = {**patcher.model_options["transformer_options"], "wrappers": patcher.wrappers}
+        model = patcher.model.diffusion_model
+        return model(self.x, self.timestep, self.text, transformer_options=options)
+
+    def stock(self) -> Any:
+        return self._forward(self.patcher)
+
+    def ours(self) -> Any:
+        return self._forward(self.patched)
+
+    def keys(self) -> int:
+        """Keys per query, of the window and of the guide."""
+        from atlasvid.engine.windows import COMPACT
+
+        return sum(self.plan.keys_per_query(COMPACT))
+
+    def flops(self) -> float:
+        """Floating-point operations of the matrix products of our forward."""
+        model = self.patcher.model.diffusion_model
+        dim, ffn = model.dim, model.ffn_dim
+        per_token = 12 * dim**2 + 4 * dim * ffn + 4 * dim * (self.keys() + self.text.shape[1])
+        return float(len(model.blocks) * per_token * self.plan.tokens.count)
+
+    def products(self) -> None:
+        """The matrix products of our forward alone, on the same shapes and chunks."""
+        import torch
+        from atlasvid.engine.memory import CPU_CHUNK, CUDA_CHUNK
+        from atlasvid.engine.windows import COMPACT
+
+        model = self.patcher.model.diffusion_model
+        window = COMPACT.clipped(self.plan.tokens).count
+        tokens, keys = self.plan.tokens.count, self.keys()
+        chunk = (CUDA_CHUNK if self.x.is_cuda else CPU_CHUNK) // window * window
+        block, heads = model.blocks[0], model.num_heads
+        linear = [block.self_attn.q, block.self_attn.k, block.self_attn.v, block.self_attn.o]
+        linear += [block.cross_attn.q, block.cross_attn.o, block.ffn[0]]
+        x = torch.randn(chunk, model.dim).to(self.x)
+        wide = torch.randn(chunk, model.ffn_dim).to(self.x)
+        q = torch.randn(heads * chunk // window, window, 128).to(self.x)
+        k = torch.randn(heads * chunk // window, keys, 128).to(self.x)
+        text = torch.randn(heads, self.text.shape[1], 128).to(self.x)
+        cross = q.view(heads, -1, 128)
+        for _ in range(len(model.blocks) * round(tokens / chunk)):
+            for layer in linear:
+                layer(x)
+            block.ffn[2](wide)
+            for queries, both in ((q, k), (cross, text)):
+                weights = torch.bmm(queries, both.transpose(1, 2))
+                torch.bmm(weights, both)
+
+
+def run_on_cpu(quick: bool) -> None:
+    rows = []
+    against = AGAINST_STOCK[:1] if quick else AGAINST_STOCK
+    for grid in against:
+        for what, repeat in (("ours", 3), ("products", 3), ("stock", 1)):
+            rows.append(
+                run_case(
+                    "attention", {"shape": "tiny", "what": what, "grid": grid, "repeat": repeat}
+                )
+            )
+    growth = [
+        run_case("attention", {"shape": "tiny", "what": "ours", "grid": grid, "repeat": 2})
+        for grid in (GROWTH[:3] if quick else GROWTH)
+    ]
+    table = [_against_stock(rows[i : i + 3]) for i in range(0, len(rows), 3)]
+    slope = log_slope([(r["tokens"], r["seconds"]) for r in growth])
+    text = markdown_table(
+        [
+            "tokens",
+            "stock",
+            "ours",
+            "faster",
+            "memory grown: stock",
+            "ours",
+            "share",
+            "over its matrix products",
+        ],
+        table,
+    )
+    text += f"\n\nSlope of log time over log tokens, {growth[0]['tokens']:,} to "
+    text += f"{growth[-1]['tokens']:,} tokens: {slope:.2f} (full attention: about 2)."
+    save_results("attention_cpu", [*rows, *growth], text)
+    plot(rows, growth)
+
+
+def _against_stock(rows: list[dict[str, Any]]) -> list[str]:
+    ours, products, stock = rows
+    mib = 2**20
+    return [
+        f"{ours['tokens']:,}",
+        f"{stock['seconds']:.2f} s",
+        f"{ours['seconds']:.2f} s",
+        f"{stock['seconds'] / ours['seconds']:.1f} x",
+        f"{stock['grown_bytes'] / mib:,.0f} MiB",
+        f"{ours['grown_bytes'] / mib:,.0f} MiB",
+        f"{ours['grown_bytes'] / stock['grown_bytes']:.1%}",
+        f"{ours['seconds'] / products['seconds']:.2f} x",
+    ]
+
+
+def log_slope(points: list[tuple[float, float]]) -> float:
+    """Least-squares slope of log y over log x."""
+    xs, ys = zip(*((math.log(x), math.log(y)) for x, y in points), strict=True)
+    mx, my = sum(xs) / len(xs), sum(ys) / len(ys)
+    over = sum((x - mx) * (y - my) for x, y in zip(xs, ys, strict=True))
+    return over / sum((x - mx) ** 2 for x in xs)
+
+
+def run_on_cuda(quick: bool) -> None:
+    cases = [
+        ("1.3B", "ours", UHD_81, 3),
+        ("1.3B", "products", UHD_81, 3),
+        ("1.3B", "ours", UHD_161, 2),
+    ]
+    if not quick:
+        cases += [("1.3B", "stock", UHD_81, 1), ("14B", "ours", UHD_81, 1)]
+    rows = [
+        run_case("attention", {"shape": shape, "what": what, "grid": grid, "repeat": repeat})
+        for shape, what, grid, repeat in cases
+    ]
+    table = [
+        [
+            r["shape"],
+            r["what"],
+            f"{r['tokens']:,}",
+            f"{r['seconds']:.2f} s",
+            f"{r['grown_bytes'] / 2**30:.1f} GiB",
+            f"{r['floor_flops'] / r['seconds'] / 1e12:.0f} TFLOP/s",
+        ]
+        for r in rows
+    ]
+    header = ["shape", "forward", "tokens", "time", "memory grown", "matrix products at"]
+    save_results("attention_cuda", rows, markdown_table(header, table))
+
+
+def plot(rows: list[dict[str, Any]], growth: list[dict[str, Any]]) -> None:
+    """Time over tokens, both axes logarithmic."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    stock = [r for r in rows if r["what"] == "stock"]
+    axes.loglog(
+        [r["tokens"] for r in growth], [r["seconds"] for r in growth], "o-", label="AtlasVid"
+    )
+    axes.loglog([r["tokens"] for r in stock], [r["seconds"] for r in stock], "s--", label="stock")
+    axes.set_xlabel("target tokens")
+    axes.set_ylabel("seconds per forward")
+    axes.set_title("One forward, Wan of dim 256 and 4 blocks, 2 CPU cores")
+    axes.grid(visible=True, which="both", alpha=0.3)
+    axes.legend()
+    figure.savefig(RESULTS / "attention_cpu.png", dpi=120, bbox_inches="tight")

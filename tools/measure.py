@@ -1,0 +1,122 @@
+"""Time and memory of one call, and what it was measured on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks"
+
+
+def resident_bytes(field: str = "VmRSS") -> int:
+    """Resident memory of this process now (VmRSS) or at its highest (VmHWM). Linux only."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {field} in /proc/self/status")
+
+
+def measure(call: Callable[[], Any], repeat: int = 1) -> dict[str, float]:
+    """The fastest of `repeat` calls in seconds, and by how many bytes memory grew at the peak.
+
+    Device memory on a CUDA card, the process's resident memory elsewhere.
+    """
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        before = resident_bytes()
+    times = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        call()
+        if cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() if cuda else resident_bytes("VmHWM")
+    return {"seconds": min(times), "grown_bytes": peak - before}
+
+
+def run_case(subcommand: str, case: dict[str, Any]) -> dict[str, Any]:
+    """Measures one case in a fresh process, so that peaks do not hide each other.
+
+    Raises RuntimeError with the process's output when it fails.
+    """
+    command = [sys.executable, str(ROOT / "tools" / "bench.py"), subcommand]
+    command += ["--case", json.dumps(case)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{case} failed:\n{done.stderr[-2000:]}")
+    result = {**case, **json.loads(done.stdout.splitlines()[-1])}
+    print(
+        "  "
+        + ", ".join(
+            f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()
+        ),
+        flush=True,
+    )
+    return result
+
+
+def conditions() -> dict[str, str]:
+    """Hardware, versions and date of a run."""
+    import torch
+
+    return {
+        "date": date.today().isoformat(),
+        "hardware": _hardware(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "comfyui": _comfyui_version(),
+    }
+
+
+def _hardware() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+
+
+def _comfyui_version() -> str:
+    import comfyui_version
+
+    return comfyui_version.__version__
+
+
+def save_results(name: str, rows: list[dict[str, Any]], table: str) -> Path:
+    """Writes benchmarks/<name>.json and benchmarks/<name>.md, the table with its conditions."""
+    RESULTS.mkdir(exist_ok=True)
+    facts = conditions()
+    data = RESULTS / f"{name}.json"
+    data.write_text(json.dumps({"conditions": facts, "rows": rows}, indent=1) + "\n")
+    heading = ", ".join(f"{k} {v}" for k, v in facts.items())
+    (RESULTS / f"{name}.md").write_text(f"{heading}\n\n{table}\n")
+    print(f"\n{heading}\n\n{table}\n\nwritten to benchmarks/{name}.json and .md")
+    return data
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
