@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import av
 import comfy.conds
 import comfy.ldm.common_dit
 import comfy.ldm.modules.attention
 import comfy.ldm.wan.model
 import comfy.ldm.wan.vae
+import comfy.ldm.wan.vae2_2
 import comfy.model_base
 import comfy.model_management
 import comfy.ops
 import comfy.patcher_extension
 import comfy.sample
 import comfy.sd
+import comfy.utils
+import folder_paths
+import node_helpers
 import torch
+from comfy_api.latest import Input, InputImpl, Types
 from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
@@ -303,3 +314,150 @@ def load_diffusion_model(state: dict[str, Tensor]) -> Any:
 def load_vae(state: dict[str, Tensor]) -> Any:
     """A VAE from its weights, through the stock loader."""
     return comfy.sd.VAE(sd=state)
+
+
+# The VAE and video part of the host.
+
+VideoInput = Input.Video
+VideoFromFile = InputImpl.VideoFromFile
+VideoFromComponents = InputImpl.VideoFromComponents
+VideoComponents = Types.VideoComponents
+
+# Pixel-shuffle factor of each supported VAE class.
+WAN_VAES: dict[type, int] = {
+    comfy.ldm.wan.vae.WanVAE: 1,
+    comfy.ldm.wan.vae2_2.WanVAE: 2,
+}
+
+
+def wan_patch(vae: Any) -> int | None:
+    """1 for a Wan 2.1 VAE, 2 for a Wan 2.2 VAE, None for every other VAE."""
+    return WAN_VAES.get(type(vae.first_stage_model))
+
+
+def load_vae_weights(vae: Any, working_bytes: int) -> None:
+    """Load the VAE through ComfyUI's model management, making room for `working_bytes`."""
+    comfy.model_management.load_models_gpu(
+        [vae.patcher], memory_required=working_bytes, force_full_load=vae.disable_offload
+    )
+
+
+def reachable_vae_memory(vae: Any) -> int:
+    """Bytes on the VAE's device that are free once other models have been unloaded."""
+    device = vae.device
+    if device.type == "cpu":
+        return int(comfy.model_management.get_free_memory(device))
+    return int(comfy.model_management.get_total_memory(device))
+
+
+def free_vae_memory(vae: Any) -> int:
+    """Bytes free on the VAE's device now."""
+    return int(vae.patcher.get_free_memory(vae.device))
+
+
+def device_context(vae: Any) -> AbstractContextManager[Any]:
+    """The VAE's device as the current one, where the core has a context for it."""
+    context = getattr(comfy.model_management, "cuda_device_context", None)
+    return context(vae.device) if context else nullcontext()
+
+
+def progress_bar(total: int) -> Callable[[int], None]:
+    """A node's progress bar of `total` steps; call the result with the steps just done."""
+    return comfy.utils.ProgressBar(total).update
+
+
+def intermediate_device() -> torch.device:
+    """Where nodes keep the tensors that they hand to each other."""
+    return comfy.model_management.intermediate_device()
+
+
+def temp_directory() -> Path:
+    """ComfyUI's temp folder, which it also empties when it starts."""
+    return Path(folder_paths.get_temp_directory())
+
+
+def require_bit_depth(bit_depth: int) -> None:
+    """Refuse a bit depth that the running ComfyUI's encoder does not write.
+
+    Raises:
+        ValueError: names the depths that it does write.
+    """
+    parameters = inspect.signature(VideoFromComponents.__init__).parameters
+    allowed = (8, 10) if "bit_depth" in parameters else (8,)
+    if bit_depth not in allowed:
+        names = " or ".join(map(str, allowed))
+        raise ValueError(
+            f"bit_depth is {bit_depth}, but this ComfyUI writes videos of {names} bits. "
+            f"Set it to {names}" + (", or update ComfyUI for 10." if len(allowed) == 1 else ".")
+        )
+
+
+def video_components(images: Any, frame_rate: Fraction, audio: Any) -> Any:
+    """The core's bundle of images [frames, height, width, 3], frame rate and sound."""
+    return VideoComponents(images=images, audio=audio, frame_rate=frame_rate)
+
+
+def encode_video(components: Any, target: Any, bit_depth: int, **choices: Any) -> None:
+    """Write a video with the core's own encoder loop; 8 bit is every version's default."""
+    if bit_depth != 8:
+        choices["bit_depth"] = bit_depth
+    VideoFromComponents(components).save_to(target, **choices)
+
+
+class _PartOfContainer:
+    """A video container that is read on where the last reading ended, `size` items at a time.
+
+    The core's own conversion of a file to images takes an open container; given this one, it
+    converts a few frames per call.
+    """
+
+    def __init__(self, container: Any, size: int) -> None:
+        self.streams = SimpleNamespace(video=container.streams.video, audio=())
+        self.metadata = container.metadata
+        self.exhausted = False
+        self._container = container
+        self._size = size
+        self._items: Iterator[Any] | None = None
+
+    def seek(self, *place: Any, **options: Any) -> None:
+        """Only the first reading has to find the start."""
+        if self._items is None:
+            self._container.seek(*place, **options)
+
+    def demux(self, *streams: Any) -> list[Any]:
+        return self._next(self._container.demux, streams)
+
+    def decode(self, *streams: Any) -> list[Any]:
+        return self._next(self._container.decode, streams)
+
+    def _next(self, read: Callable[..., Iterator[Any]], streams: tuple[Any, ...]) -> list[Any]:
+        if self._items is None:
+            self._items = read(*streams)
+        items = list(islice(self._items, self._size))
+        self.exhausted = len(items) < self._size
+        return items
+
+
+def video_batches(video: Any, size: int) -> Iterator[Tensor]:
+    """The images of a video file, as its `get_components` gives them, about `size` at a time."""
+    with av.open(video.get_stream_source(), mode="r") as container:
+        part = _PartOfContainer(container, size)
+        started = False
+        while not part.exhausted:
+            images = video.get_components_internal(part).images
+            if len(images) > 0:
+                started = True
+                yield images
+            elif started:  # past the end of a trimmed video
+                return
+
+
+def scale_and_crop(images: Tensor, width: int, height: int) -> Tensor:
+    """Images [n, h, w, c] scaled bilinearly and cropped around the centre, as stock nodes do."""
+    scaled = comfy.utils.common_upscale(images.movedim(-1, 1), width, height, "bilinear", "center")
+    return scaled.movedim(1, -1)
+
+
+def set_conditioning(conditioning: Any, values: dict[str, Any]) -> Any:
+    """A copy of a CONDITIONING with `values` set on every entry."""
+    return node_helpers.conditioning_set_values(conditioning, values)

@@ -2,11 +2,13 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .decode import AtlasVidDecode, AtlasVidDecodeToVideo
 from .detail import (
     AtlasVidDetailLatent,
     AtlasVidHierarchicalAttention,
     AtlasVidStructureGuidance,
 )
+from .encode import AtlasVidEncode, AtlasVidImageToVideo
 from .plan import AtlasVidPlan
 from .rope import AtlasVidRoPE
 from .tiny import AtlasVidTinyModels
@@ -18,6 +20,10 @@ NODES: list[type[io.ComfyNode]] = [
     AtlasVidHierarchicalAttention,
     AtlasVidStructureGuidance,
     AtlasVidTinyModels,
+    AtlasVidDecode,
+    AtlasVidDecodeToVideo,
+    AtlasVidEncode,
+    AtlasVidImageToVideo,
 ]
 
 
