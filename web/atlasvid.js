@@ -23,6 +23,9 @@ const STYLE = `
 .atlasvid-plan.will-not-fit { box-shadow: inset 0 0 0 2px #ff6b6b; }
 `;
 
+/** The plan widgets of all open graphs and subgraphs. */
+const views = new Set();
+
 /** An element with a class and children (nodes or text). */
 function element(tag, name, ...children) {
   const made = document.createElement(tag);
@@ -111,6 +114,7 @@ class PlanWidget {
 function addPlanWidget(node) {
   const view = new PlanWidget(node);
   node.atlasvidPlan = view;
+  views.add(view);
   for (const widget of node.widgets) {
     const callback = widget.callback;
     widget.callback = function (...given) {
@@ -118,7 +122,11 @@ function addPlanWidget(node) {
       return callback?.apply(this, given);
     };
   }
-  const { onExecuted, onConnectionsChange } = node;
+  const { onExecuted, onConnectionsChange, onRemoved } = node;
+  node.onRemoved = function (...given) {
+    onRemoved?.apply(this, given);
+    views.delete(view);
+  };
   node.onExecuted = function (output) {
     onExecuted?.call(this, output);
     view.onExecuted(output);
@@ -138,7 +146,7 @@ app.registerExtension({
     document.head.append(element("style", "", STYLE));
     // Values elsewhere (the window, the steps) change the cost too.
     api.addEventListener("graphChanged", () => {
-      for (const node of app.graph.nodes) node.atlasvidPlan?.refresh();
+      for (const view of views) view.refresh();
     });
   },
   nodeCreated(node) {

@@ -72,9 +72,6 @@ export function planQuery(plan) {
   const query = { ...given, model: modelSource(plan) };
   if (plan.atlasvidShape && plan.atlasvidModel === query.model) query.shape = plan.atlasvidShape;
 
-  const proxy = evaluations(withFollowers(samplersBehind(plan, "LATENT")));
-  if (proxy) query.proxy_evaluations = proxy;
-
   const attention = targets(plan, "ATLASVID_PLAN").filter((node) => node.comfyClass === ATTENTION);
   if (attention.length) {
     const chosen = values(attention[0]);
@@ -83,7 +80,12 @@ export function planQuery(plan) {
       if (name.startsWith("window")) query[name] = value;
     const samplers = new Set(attention.flatMap((node) => samplersBehind(node, "MODEL")));
     const detail = evaluations([...samplers]);
-    if (detail) query.detail_evaluations = detail;
+    if (detail) {
+      query.detail_evaluations = detail;
+      // None where an existing video takes the proxy's place.
+      const proxy = [...samplersBehind(plan, "LATENT")].filter((node) => !samplers.has(node));
+      query.proxy_evaluations = evaluations(withFollowers(proxy));
+    }
   }
   const kinds = plan.graph.nodes.map((node) => node.comfyClass ?? "");
   query.streamed = kinds.includes(STREAMED) || !kinds.some((kind) => kind.startsWith("VAEDecode")) ? 1 : 0;
