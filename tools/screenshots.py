@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import html
 import json
 import os
 import shutil
@@ -73,6 +74,10 @@ def opened(width: int, height: int, scale: float = 1.0) -> Iterator[Any]:
     comfyui = Path(os.environ["COMFYUI_PATH"])
     with contextlib.ExitStack() as stack:
         base = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for model in models_of_workflows():  # so that no loader is marked in red
+            file = base / "models" / model["directory"] / model["name"]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
         server = comfy_server.running(Path(sys.executable), comfyui, base, options=("--cpu",))
         address = stack.enter_context(server).address
         for name, value in SETTINGS.items():
@@ -83,6 +88,13 @@ def opened(width: int, height: int, scale: float = 1.0) -> Iterator[Any]:
         page.wait_for_function(READY, timeout=60_000)
         page.wait_for_timeout(2000)
         yield page
+
+
+def models_of_workflows() -> Iterator[dict[str, str]]:
+    """Name and folder of every model file that the workflows name."""
+    for file in WORKFLOWS.glob("*.json"):
+        for node in json.loads(file.read_text("utf-8"))["nodes"]:
+            yield from node["properties"].get("models", ())
 
 
 def launched(playwright: Any, width: int, height: int, scale: float) -> Any:
@@ -112,12 +124,54 @@ def nodes() -> None:
 
 
 def workflows() -> None:
-    """A thumbnail beside every workflow, below 60 KB."""
-    with opened(**THUMBNAIL, scale=1.0) as page:
-        page.add_style_tag(content=ONLY_GRAPH)
+    """A thumbnail beside every workflow, drawn from it."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        page = launched(playwright, **THUMBNAIL, scale=1.0)
         for file in sorted(WORKFLOWS.glob("*.json")):
-            page.evaluate(FIT, json.loads(file.read_text("utf-8")))
-            page.screenshot(path=file.with_suffix(".jpg"), type="jpeg", quality=70)
+            page.set_content(graph_drawing(json.loads(file.read_text("utf-8"))))
+            page.screenshot(path=file.with_suffix(".jpg"), type="jpeg", quality=85)
+
+
+def graph_drawing(workflow: dict[str, Any]) -> str:
+    """A page with the workflow's title, its groups, nodes and links, to scale."""
+    note = next(n for n in workflow["nodes"] if n["type"] == "MarkdownNote")
+    title = note["widgets_values"][0].splitlines()[0].removeprefix("## ")
+    nodes = {node["id"]: node for node in workflow["nodes"] if node is not note}
+    groups = [group["bounding"] for group in workflow["groups"]]
+    left, top = min(g[0] for g in groups), min(g[1] for g in groups)
+    right, bottom = max(g[0] + g[2] for g in groups), max(g[1] + g[3] for g in groups)
+    parts = [
+        f"<rect x='{x}' y='{y}' width='{w}' height='{h}' rx='20' fill='{group['color']}' "
+        f"fill-opacity='.22' stroke='{group['color']}' stroke-width='4'/>"
+        for group, (x, y, w, h) in zip(workflow["groups"], groups, strict=True)
+    ]
+    for _, source, output, target, slot, _ in workflow["links"]:
+        (x1, y1), (x2, y2) = nodes[source]["pos"], nodes[target]["pos"]
+        x1, y1, y2 = x1 + nodes[source]["size"][0], y1 + 20 * output + 10, y2 + 20 * slot + 10
+        bend = max(60, (x2 - x1) / 2)
+        parts.append(
+            f"<path d='M{x1},{y1} C{x1 + bend},{y1} {x2 - bend},{y2} {x2},{y2}' fill='none' "
+            "stroke='#9ab' stroke-width='5' stroke-opacity='.5'/>"
+        )
+    for node in nodes.values():
+        (x, y), (width, height) = node["pos"], node["size"]
+        colour = node.get("bgcolor", "#444")
+        words = node.get("title") or node["type"].replace("AtlasVid", "")
+        parts.append(
+            f"<rect x='{x}' y='{y - 30}' width='{width}' height='{height + 30}' rx='12' "
+            f"fill='{colour}'/><text x='{x + 14}' y='{y + 8}' font-size='34' fill='#fff' "
+            f"textLength='{min(width - 28, 17 * len(words))}' lengthAdjust='spacingAndGlyphs'>"
+            f"{html.escape(words)}</text>"
+        )
+    view = f"{left - 20} {top - 20} {right - left + 40} {bottom - top + 40}"
+    return (
+        "<body style='margin:0;background:#1b1720;color:#fff;font-family:sans-serif'>"
+        f"<div style='font-size:36px;font-weight:700;padding:18px 24px 6px'>{html.escape(title)}"
+        "</div><svg xmlns='http://www.w3.org/2000/svg' style='width:800px;height:375px' "
+        f"viewBox='{view}' font-family='sans-serif'>{''.join(parts)}</svg></body>"
+    )
 
 
 def readme() -> None:

@@ -44,8 +44,8 @@ function frames({ target, proxy, windows }) {
       "fill-opacity": 0.75,
       class: "proxy",
     }),
-    label(0, -5, `${target.width} × ${target.height}`),
-    label(width, -5, `proxy ${proxy.width} × ${proxy.height}`, "end"),
+    label(0, -5, `${target.width} x ${target.height}`),
+    label(width, -5, `proxy ${proxy.width} x ${proxy.height}`, "end"),
   );
   return [group, 16 + height];
 }
