@@ -10,6 +10,7 @@ from . import host
 from .forward import DetailForward
 from .grid import Grid
 from .latents import require_proxy
+from .lora import GuideLora
 from .plan import Plan
 from .run import KEY, open_run, run_of
 from .settings import GUIDE_NOISE, OVERLAPS, DetailSettings, require_choice
@@ -24,6 +25,7 @@ def apply_detail_branch(
     start_percent: float = 0.0,
     end_percent: float = 1.0,
     overlap: str = "shifted",
+    guide_lora: GuideLora | None = None,
 ) -> Any:
     """A clone of `model` that samples the plan's target with the detail branch.
 
@@ -34,10 +36,11 @@ def apply_detail_branch(
         start_percent, end_percent: part of the sampling in which the branch is active.
         overlap: `shifted` (disjoint windows that move between blocks) or `sliding` (every tile of
             queries reads a window centred on it).
+        guide_lora: acts on the guide's tokens only.
 
     Raises:
-        ValueError: unsupported model, another latent space than the plan's, or a proxy that does
-            not match the plan.
+        ValueError: unsupported model, another latent space than the plan's, or a proxy or a guide
+            LoRA that does not match the plan or the model.
     """
     space = host.latent_space(model)
     if space != plan.space:
@@ -55,6 +58,11 @@ def apply_detail_branch(
     if proxy is not None:
         require_proxy(proxy, plan)
         proxy = host.process_latent_in(model, proxy.cpu().float())
+    if guide_lora is not None:
+        if proxy is None:
+            raise ValueError("A guide LoRA acts on the guide: connect the sampled proxy too.")
+        guide_lora.changes_of(model.model.diffusion_model)
+        guide_lora.warn_of_mismatch(plan.temporal_stride, window, guide_noise)
     settings = DetailSettings(
         plan=plan,
         window=window.clipped(plan.tokens),
@@ -63,6 +71,7 @@ def apply_detail_branch(
         proxy=proxy,
         sigma_start=host.percent_to_sigma(model, start_percent),
         sigma_end=host.percent_to_sigma(model, end_percent),
+        guide_lora=guide_lora,
     )
 
     def forward(executor: Any, x: Tensor, timestep: Tensor, context: Tensor, *args: Any, **kw: Any):

@@ -35,7 +35,8 @@ class GuideStream:
         timestep: Tensor,
         text: blocks.Text,
     ):
-        self.model = model
+        lora = settings.guide_lora
+        self.model = model if lora is None else lora.view(model)
         self.settings = settings
         self.run = run
         self.options = options

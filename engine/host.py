@@ -18,6 +18,7 @@ import comfy.ops
 import comfy.patcher_extension
 import comfy.sample
 import comfy.sd
+import folder_paths
 import torch
 from torch import Tensor
 
@@ -224,3 +225,17 @@ def load_diffusion_model(state: dict[str, Tensor]) -> Any:
 def load_vae(state: dict[str, Tensor]) -> Any:
     """A VAE from its weights, through the stock loader."""
     return comfy.sd.VAE(sd=state)
+
+
+def lora_names() -> list[str]:
+    """The files in ComfyUI's loras folders."""
+    return folder_paths.get_filename_list("loras")
+
+
+def lora_path(name: str) -> str:
+    """The path of a file in ComfyUI's loras folders.
+
+    Raises:
+        FileNotFoundError: there is none of that name.
+    """
+    return folder_paths.get_full_path_or_raise("loras", name)

@@ -7,6 +7,7 @@ from .detail import (
     AtlasVidHierarchicalAttention,
     AtlasVidStructureGuidance,
 )
+from .lora import AtlasVidGuideLoRA
 from .plan import AtlasVidPlan
 from .rope import AtlasVidRoPE
 from .tiny import AtlasVidTinyModels
@@ -17,6 +18,7 @@ NODES: list[type[io.ComfyNode]] = [
     AtlasVidDetailLatent,
     AtlasVidHierarchicalAttention,
     AtlasVidStructureGuidance,
+    AtlasVidGuideLoRA,
     AtlasVidTinyModels,
 ]
 
