@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -239,3 +240,51 @@ def lora_path(name: str) -> str:
         FileNotFoundError: there is none of that name.
     """
     return folder_paths.get_full_path_or_raise("loras", name)
+
+
+# --- Training -------------------------------------------------------------------------------
+
+
+@contextmanager
+def training() -> Iterator[None]:
+    """Autograd on, ComfyUI's differentiable paths on, whatever mode the caller runs in."""
+    before = comfy.model_management.in_training
+    comfy.model_management.in_training = True
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        comfy.model_management.in_training = before
+
+
+def differentiable_attention(_: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """PyTorch's attention in place of the one that the start flags chose (an override)."""
+    return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
+
+
+def weights(module: Any, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A layer's weight and bias as `like`, dequantised, as tensors that autograd may save."""
+    weight, bias, offloaded = comfy.ops.cast_bias_weight(module, like, offloadable=True)
+    quantised = getattr(comfy.ops, "QuantizedTensor", None)
+    plain = weight
+    if quantised is not None and isinstance(weight, quantised):
+        plain = weight.dequantize()
+    if offloaded is not None or plain.is_inference():
+        plain = plain.detach().clone()
+    if bias is not None and (offloaded is not None or bias.is_inference()):
+        bias = bias.detach().clone()
+    comfy.ops.uncast_bias_weight(module, weight, bias, offloaded)
+    return plain.to(like.dtype), bias
+
+
+def linear_input_gradient(linear: Any, gradient: Tensor) -> Tensor:
+    """The gradient of a linear layer's input from that of its output [..., out] -> [..., in].
+
+    A layer of another pack (GGUF) that keeps its weight in its own way is run once more instead.
+    """
+    if type(linear).forward.__module__ == "comfy.ops":
+        return gradient @ weights(linear, gradient)[0]
+    with torch.enable_grad():
+        shape = (*gradient.shape[:-1], linear.in_features)
+        x = torch.zeros(shape, dtype=gradient.dtype, device=gradient.device, requires_grad=True)
+        return torch.autograd.grad(linear(x), x, gradient)[0]
