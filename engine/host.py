@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import folder_paths
 import torch
 from torch import Tensor
 
+log = logging.getLogger("atlasvid")
 Wrappers = comfy.patcher_extension.WrappersMP
 
 SUPPORTED_MODELS = "Wan 2.1 T2V, Wan 2.1 I2V, Wan 2.2 A14B (high and low noise), Wan 2.2 TI2V-5B"
@@ -262,19 +264,18 @@ def differentiable_attention(_: Any, *args: Any, **kwargs: Any) -> Tensor:
     return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
 
 
-def weights(module: Any, like: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A layer's weight and bias as `like`, dequantised, as tensors that autograd may save."""
+@contextmanager
+def weights(module: Any, like: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """A layer's weight and bias as `like`, dequantised; they may be gone after the block."""
     weight, bias, offloaded = comfy.ops.cast_bias_weight(module, like, offloadable=True)
     quantised = getattr(comfy.ops, "QuantizedTensor", None)
-    plain = weight
-    if quantised is not None and isinstance(weight, quantised):
-        plain = weight.dequantize()
-    if offloaded is not None or plain.is_inference():
-        plain = plain.detach().clone()
-    if bias is not None and (offloaded is not None or bias.is_inference()):
-        bias = bias.detach().clone()
-    comfy.ops.uncast_bias_weight(module, weight, bias, offloaded)
-    return plain.to(like.dtype), bias
+    try:
+        if quantised is not None and isinstance(weight, quantised):
+            yield weight.dequantize().to(like.dtype), bias
+        else:
+            yield weight, bias
+    finally:
+        comfy.ops.uncast_bias_weight(module, weight, bias, offloaded)
 
 
 def linear_input_gradient(linear: Any, gradient: Tensor) -> Tensor:
@@ -283,8 +284,56 @@ def linear_input_gradient(linear: Any, gradient: Tensor) -> Tensor:
     A layer of another pack (GGUF) that keeps its weight in its own way is run once more instead.
     """
     if type(linear).forward.__module__ == "comfy.ops":
-        return gradient @ weights(linear, gradient)[0]
+        with weights(linear, gradient) as (weight, _):
+            return gradient @ weight
     with torch.enable_grad():
         shape = (*gradient.shape[:-1], linear.in_features)
         x = torch.zeros(shape, dtype=gradient.dtype, device=gradient.device, requires_grad=True)
         return torch.autograd.grad(linear(x), x, gradient)[0]
+
+
+def load_for_training(model: Any, dtype: torch.dtype, activation_bytes: int) -> Any:
+    """A clone of `model` that computes in `dtype`, on its device with its LoRAs applied.
+
+    Args:
+        activation_bytes: device memory to leave free; what weights do not fit are offloaded.
+    """
+    clone = model.clone()
+    clone.set_model_compute_dtype(dtype)
+    comfy.model_management.load_models_gpu([clone], memory_required=activation_bytes)
+    return clone
+
+
+def load_device(model: Any) -> torch.device:
+    """Where a model computes."""
+    return model.load_device
+
+
+def encode_video(vae: Any, pixels: Tensor) -> Tensor:
+    """Frames [N, H, W, 3] in 0 to 1 -> ComfyUI latent [1, C, T, H', W'], float32 on the CPU."""
+    return vae.encode(pixels).float().cpu()
+
+
+def encode_text(clip: Any, text: str) -> Tensor:
+    """A prompt as Wan's cross-attention reads it: [1, L, C], float32 on the CPU."""
+    return clip.encode_from_tokens_scheduled(clip.tokenize(text))[0][0].float().cpu()
+
+
+def vae_state(vae: Any) -> dict[str, Tensor]:
+    """The weights of a VAE."""
+    return vae.first_stage_model.state_dict()
+
+
+def output_folder() -> str:
+    """ComfyUI's output folder."""
+    return folder_paths.get_output_directory()
+
+
+def input_folder() -> str:
+    """ComfyUI's input folder."""
+    return folder_paths.get_input_directory()
+
+
+def lora_folder() -> str:
+    """The first of ComfyUI's loras folders, where a new LoRA is saved."""
+    return folder_paths.get_folder_paths("loras")[0]

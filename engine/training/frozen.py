@@ -50,7 +50,8 @@ class FrozenNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., C] -> [..., C]."""
-        weight, bias = host.weights(self.norm, x)
+        with host.weights(self.norm, x) as held:
+            weight, bias = (None if t is None else t.detach().clone() for t in held)
         shape, eps = self.norm.normalized_shape, self.norm.eps
         if isinstance(self.norm, nn.RMSNorm):
             return F.rms_norm(x, shape, weight, eps)
