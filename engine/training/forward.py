@@ -8,6 +8,7 @@ target only each block's input is kept, and activations are bounded by the chunk
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,10 +17,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import blocks, host
-from ..detail import BlockWindows, DetailForward, DetailSettings, GuideStream, WindowGroup
+from ..block_task import BlockTask
+from ..forward import DetailForward
+from ..guide import GuideStream
 from ..lora import with_layers
 from ..plan import Plan
 from ..run import SamplingRun
+from ..settings import DetailSettings
+from ..shifted import ShiftedAttention, WindowGroup
 
 recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 CHUNK_TOKENS = {"cuda": 8_192, "cpu": 2_048}
@@ -72,7 +77,7 @@ def guide_forward(
 
 
 class TrainedDetail(DetailForward):
-    """The detail branch of inference with nothing written in place."""
+    """The detail branch of inference with nothing of the whole target written in place."""
 
     def __init__(self, model: Any, guide_model: Any, settings: DetailSettings):
         super().__init__(model, settings, SamplingRun(seed=0), training_options())
@@ -85,7 +90,9 @@ class TrainedDetail(DetailForward):
             tokens = self._embed(x)
             e, e0 = host.time_embedding(self.model, timestep, x.dtype)
             text = self._text(context, clip_fea)
-        guide = TrainedGuide(self, x, timestep, text).keys_of_blocks()
+        guide = TrainedGuide(
+            self.guide_model, self.settings, self.run, self.options, x, timestep, text
+        ).keys_of_blocks()
         for i, block in enumerate(self.model.blocks):
             keys, values = next(guide)
             tokens = torch.stack(
@@ -106,9 +113,11 @@ class TrainedDetail(DetailForward):
         guide_keys: Tensor,
         guide_values: Tensor,
     ) -> Tensor:
-        """One block on one item's tokens [F, h, w, C], window by window -> [F, h, w, C]."""
+        """One block on one item's tokens [F, h, w, C], some windows at a time -> [F, h, w, C]."""
         host.raise_if_cancelled()
-        groups = self._groups(index % 2, tokens.device)
+        attention = self.attention
+        assert isinstance(attention, ShiftedAttention), "only disjoint windows are trained"
+        groups = attention.groups(index % 2, tokens.device)
         order = torch.cat([group.tokens.flatten() for group in groups])
         in_order = tokens.flatten(0, 2)[order]
         modulation = blocks.Modulation.of(block, e0)
@@ -117,40 +126,69 @@ class TrainedDetail(DetailForward):
         for group in groups:
             step = max(1, most // group.size.count)
             for start in range(0, len(group.tokens), step):
-                windows = slice(start, start + step)
-                count = group.tokens[windows].numel()
+                stop = min(start + step, len(group.tokens))
+                count = (stop - start) * group.size.count
+
+                def compute(
+                    x: Tensor,
+                    keys: Tensor,
+                    values: Tensor,
+                    group: WindowGroup = group,
+                    start: int = start,
+                    stop: int = stop,
+                ) -> Tensor:
+                    task = WindowTask(
+                        block,
+                        x,
+                        self.plan.tokens,
+                        modulation,
+                        text,
+                        (keys, values),
+                        self.heads,
+                        self.options,
+                        0,
+                    )
+                    attention.evaluate_windows(task, group, start, stop)
+                    return task.results[0]
+
                 x = in_order[first : first + count]
-                compute = partial(self._windows, block, modulation, text, group, windows)
                 results.append(recompute(compute, x, guide_keys, guide_values))
                 first += count
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(len(order), device=order.device)
         return torch.cat(results)[inverse].unflatten(0, tuple(self.plan.tokens))
 
-    def _windows(
-        self,
-        block: Any,
-        modulation: blocks.Modulation,
-        text: blocks.Text,
-        group: WindowGroup,
-        windows: slice,
-        x: Tensor,
-        guide_keys: Tensor,
-        guide_values: Tensor,
-    ) -> Tensor:
-        """Some windows' tokens [n, C], in window order, through a block -> [n, C]."""
-        branch = BlockWindows(self, block, x, modulation, text, (guide_keys, guide_values), 0)
-        attended = branch._attend(x[None], group, windows, modulation)
-        out = blocks.attention_output(block, x[None], attended, modulation)
-        return blocks.per_token(block, out, modulation, text, self.options)[0]
+
+@dataclass(frozen=True)
+class WindowTask(BlockTask):
+    """A block on nothing but the windows under evaluation; the result is kept, not written back.
+
+    `tokens` are those windows' [n, C], in their order.
+    """
+
+    results: list[Tensor] = field(default_factory=list)
+
+    def read(self, index: Tensor) -> tuple[Tensor, blocks.Modulation]:
+        return self.tokens[None], self.modulation_of(index)
+
+    def finish(
+        self, x: Tensor, attended: Tensor, modulation: blocks.Modulation, index: Tensor
+    ) -> None:
+        out = blocks.attention_output(self.block, x, attended, modulation)
+        out = rest_of_block(self.block, out, modulation, self.text, self.options)
+        self.results.append(out[0])
+
+
+def rest_of_block(
+    block: Any, x: Tensor, modulation: blocks.Modulation, text: blocks.Text, options: dict
+) -> Tensor:
+    """Cross-attention and feed-forward of tokens [1, n, C], as `blocks.per_token` in place."""
+    x = x + blocks.cross_attention(block, x, text, options)
+    return torch.addcmul(x, blocks.feed_forward(block, x, modulation), modulation.rows[5])
 
 
 class TrainedGuide(GuideStream):
     """The guide stream of inference through the adapters, each block recomputed."""
-
-    def __init__(self, forward: TrainedDetail, x: Tensor, timestep: Tensor, text: blocks.Text):
-        super().__init__(forward, x, timestep, text)
-        self.model = forward.guide_model
 
     def keys_of_blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Per block: unrotated keys and values [B, L_g, C]."""
@@ -167,21 +205,20 @@ class TrainedGuide(GuideStream):
         self, block: Any, e0: Tensor, freqs: Tensor, tokens: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One block on guide tokens [B, L_g, C] -> the block's output, and its keys and values."""
-        forward = self.forward
-        items = []
+        heads, items = self.model.num_heads, []
         for b, x in enumerate(tokens.split(1)):
             modulation = blocks.Modulation.of(block, e0[b])
             y = blocks.attention_input(block, x, modulation)
             keys, values = blocks.keys(block.self_attn, y), block.self_attn.v(y)
             attended = host.attention(
-                blocks.rotate(blocks.queries(block.self_attn, y), forward.heads, freqs),
-                blocks.rotate(keys, forward.heads, freqs),
+                blocks.rotate(blocks.queries(block.self_attn, y), heads, freqs),
+                blocks.rotate(keys, heads, freqs),
                 values,
-                forward.heads,
-                forward.options,
+                heads,
+                self.options,
             )
             out = blocks.attention_output(block, x, attended, modulation)
-            out = blocks.per_token(block, out, modulation, self.text.of(b), forward.options)
+            out = rest_of_block(block, out, modulation, self.text.of(b), self.options)
             items.append((out, keys, values))
         out, keys, values = (torch.cat(parts) for parts in zip(*items, strict=True))
         return out, keys, values

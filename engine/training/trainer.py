@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from .. import host
-from ..detail import DetailSettings
 from ..grid import Grid
 from ..plan import Plan
 from ..recipe import STAGES, BaseShape, Recipe, pack_version
+from ..settings import DetailSettings
 from .adapters import build_adapters
 from .cache import Dataset, Sample
 from .curve import save_losses
@@ -303,6 +303,7 @@ class Trainer:
         detail = DetailSettings(
             plan=self.plan,
             window=window.clipped(self.plan.tokens),
+            overlap="shifted",
             guide_noise="clean",
             proxy=host.process_latent_in(self.patcher, sample.guide),
             sigma_start=1.0,

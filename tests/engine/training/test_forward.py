@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from atlasvid.engine import host
-from atlasvid.engine.detail import DetailSettings
 from atlasvid.engine.grid import Grid
+from atlasvid.engine.settings import DetailSettings
 from atlasvid.engine.training import forward as training_forward
 from atlasvid.engine.training.adapters import ADAPTER, build_adapters
 from atlasvid.engine.training.forward import guide_forward, proxy_forward
@@ -100,7 +100,9 @@ def test_guide_gradients_equal_the_dense_reference(
     t, target = torch.full((batch,), 600.0), rand(batch, 16, *latent, seed=3)
     proxy = rand(1, 16, *proxy_latent, seed=4)
     plan = plan_of(latent, proxy_latent, stride)
-    settings = DetailSettings(plan, Grid(*window).clipped(plan.tokens), guide_noise, proxy, 1, 0)
+    settings = DetailSettings(
+        plan, Grid(*window).clipped(plan.tokens), "shifted", guide_noise, proxy, 1, 0
+    )
     with host.training():
         ours = guide_forward(frozen_view(wan), adapters.view, settings, x, t, context)
         mine = gradients(adapters, F.mse_loss(ours, target))
@@ -118,7 +120,7 @@ def test_guide_gradients_equal_the_dense_reference(
 
     reference.base_model.disable_adapter_layers()
     inner = reference.base_model.model
-    dense = dense_forward(inner, x, t, context, window, guide, guide_t, stride, None, adapted)
+    dense = dense_forward(inner, x, t, context, window, guide, guide_t, stride, adapted=adapted)
     reference.base_model.enable_adapter_layers()
     assert relative_error(ours, dense) < 1e-5
     same_gradients(mine, reference_gradients(reference, F.mse_loss(dense, target)))
@@ -153,7 +155,7 @@ def test_weights_from_inference_mode_and_in_another_type(wan):
             linear.weight.data = linear.weight.bfloat16().float()
     assert stored.blocks[0].ffn[0].weight.is_inference()
     plan = plan_of((5, 8, 8), (2, 4, 4))
-    settings = DetailSettings(plan, Grid(2, 2, 2), "clean", rand(1, 16, 2, 4, 4), 1, 0)
+    settings = DetailSettings(plan, Grid(2, 2, 2), "shifted", "clean", rand(1, 16, 2, 4, 4), 1, 0)
     x, t, context = rand(1, 16, 5, 8, 8), torch.tensor([500.0]), rand(1, 16, 4096)
     results = []
     for model in (stored, rounded):
