@@ -183,7 +183,7 @@ class LatentCache:
 def _header_is(path: Path, facts: dict) -> bool:
     try:
         with safe_open(path, framework="pt") as file:
-            return json.loads((file.metadata() or {}).get(KEY, "null")) == facts
+            return (file.metadata() or {}).get(KEY) == json.dumps(facts)
     except (SafetensorError, OSError):
         return False
 

@@ -177,7 +177,7 @@ def _frames_at(clip: Clip, container: Any, start: float, fps: float) -> Iterator
     before = None
     for time, frame in _decoded(container, start):
         while wanted <= time:
-            near = before is not None and wanted - before[0] < time - wanted
+            near = before is not None and wanted - before[0] <= time - wanted + 1e-6
             yield before[1] if before and near else frame
             index += 1
             wanted = start + index / fps
