@@ -70,7 +70,7 @@ def build_adapters(
     peft = _peft()
     if targets not in TARGETS:
         raise ValueError(f"targets is {targets!r}; allowed are {', '.join(TARGETS)}.")
-    _require_rank(model, rank)
+    require_rank(model, rank)
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS[targets])  # type: ignore[arg-type]
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     containers = with_layers(model, linears)  # peft writes into the containers: into copies
@@ -105,7 +105,12 @@ def _start(layers: Iterable[Any], seed: int, device: torch.device) -> None:
                 factors.to(device).requires_grad_(True)
 
 
-def _require_rank(model: Any, rank: int) -> None:
+def require_rank(model: Any, rank: int) -> None:
+    """Refuse a rank that is none of a low-rank change of a WanModel's layers.
+
+    Raises:
+        ValueError: says what is allowed.
+    """
     if not 1 <= rank <= model.dim // 2:
         raise ValueError(
             f"rank is {rank}; allowed is 1 to {model.dim // 2} for this model, whose layers are "

@@ -16,7 +16,7 @@ from ..grid import Grid
 from ..plan import Plan
 from ..recipe import STAGES, BaseShape, Recipe, pack_version
 from ..settings import DetailSettings
-from .adapters import build_adapters
+from .adapters import build_adapters, require_rank
 from .cache import Dataset, Sample
 from .curve import save_losses
 from .files import save_tensors
@@ -131,6 +131,29 @@ def make_optimizer(name: str, weights: list[Any], rate: float) -> torch.optim.Op
     )
 
 
+def require_trainable(model: Any, plan: Plan, settings: TrainSettings) -> None:
+    """Refuse what cannot be trained, before anything is encoded.
+
+    Raises:
+        ValueError: says what was given and what to change.
+    """
+    space = host.latent_space(model)
+    if space != plan.space:
+        raise ValueError(
+            "The plan was made for another kind of model. Connect the same model to the plan."
+        )
+    wan = model.model.diffusion_model
+    if wan.in_dim != space.channels:
+        raise ValueError(
+            f"This model takes {wan.in_dim} input channels, {wan.in_dim - space.channels} of "
+            "them for an image. Train on a text-to-video model (Wan 2.1 T2V, 2.2 T2V A14B or "
+            "2.2 TI2V-5B)."
+        )
+    if settings.stage == "guide" and settings.window is None:
+        raise ValueError("Stage guide needs a window.")
+    require_rank(wan, settings.rank)
+
+
 class Trainer:
     """One training run: a LoRA in `path`, its curve beside it, and its state in `folder`.
 
@@ -152,20 +175,8 @@ class Trainer:
         folder: Path,
         cards: Cards = Cards(),
     ):
-        space = host.latent_space(model)
-        if space != plan.space:
-            raise ValueError(
-                "The plan was made for another kind of model. Connect the same model to the plan."
-            )
+        require_trainable(model, plan, settings)
         wan = model.model.diffusion_model
-        if wan.in_dim != space.channels:
-            raise ValueError(
-                f"This model takes {wan.in_dim} input channels, {wan.in_dim - space.channels} of "
-                "them for an image. Train on a text-to-video model (Wan 2.1 T2V, 2.2 T2V A14B or "
-                "2.2 TI2V-5B); its guide LoRA only fits that model."
-            )
-        if settings.stage == "guide" and settings.window is None:
-            raise ValueError("Stage guide needs a window.")
         self.plan = plan
         self.settings = settings
         self.path = path

@@ -77,30 +77,6 @@ def trainer(tmp_path, chosen, model=None, plan=PLAN):
     return Trainer(model or small_wan(), plan, chosen, path, tmp_path / "run")
 
 
-def denoiser(layers, damp=0.3):
-    """A random Wan that passes its input on, so that it predicts most of the noise already.
-
-    Its blocks only add a little, as those of a trained model do; what is left to learn is the clip.
-    """
-    state = tiny.wan_state(0, num_layers=layers)
-    embed = torch.linalg.qr(torch.randn(256, 64, generator=torch.Generator().manual_seed(0)))[0]
-    state["patch_embedding.weight"] = embed.view(256, 16, 1, 2, 2).contiguous()
-    state["patch_embedding.bias"] *= 0
-    order = torch.arange(64).view(16, 2, 2).permute(1, 2, 0).flatten()
-    state["head.head.weight"] = 0.5 * embed.T[order].contiguous()
-    state["head.head.bias"] *= 0
-    state["head.modulation"] *= 0
-    for name, value in state.items():
-        if name.startswith(("time_projection", "time_embedding.2")):
-            value *= 0.1
-        elif ".o." in name or ".ffn.2." in name:
-            value *= damp
-        elif name.startswith("blocks") and name.endswith("modulation"):
-            value *= 0.1
-            value[:, (2, 5)] += 1
-    return host.load_diffusion_model(state)
-
-
 # --- What a run writes ----------------------------------------------------------------------
 
 
