@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from . import blocks, host
 from .grid import Grid
+from .sparsity import keep_blocks
+from .tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -16,14 +19,14 @@ class BlockTask:
     """A block and the target tokens of one batch item, which it updates in place.
 
     Args:
-        tokens: [F * h * w, C] in raster order.
+        tokens: of the item, in raster order.
         grid: F, h, w.
         guide: unrotated keys and values of the guide [L_g, C], or None.
         chunk: tokens to evaluate at a time.
     """
 
     block: Any
-    tokens: Tensor
+    tokens: Tokens
     grid: Grid
     modulation: blocks.Modulation
     text: blocks.Text
@@ -31,10 +34,12 @@ class BlockTask:
     heads: int
     options: dict
     chunk: int
+    device: torch.device
+    keep_blocks: int = 0
 
     def read(self, index: Tensor) -> tuple[Tensor, blocks.Modulation]:
         """Tokens [1, n, C] at raster indices [n], and their modulation."""
-        return self.tokens[index][None], self.modulation_of(index)
+        return self.tokens.read(index)[None], self.modulation_of(index)
 
     def modulation_of(self, index: Tensor) -> blocks.Modulation:
         """The modulation of tokens at raster indices [n]."""
@@ -42,8 +47,23 @@ class BlockTask:
             return self.modulation
         return self.modulation.of_tokens(index // (self.grid.height * self.grid.width))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of windows: q [n, L, C] over k and v [n, K, C] -> [1, n * L, C]."""
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, size: Grid, guide: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """Attention of windows: one softmax over a window's keys and its aligned guide keys.
+
+        Args:
+            q: [n, L, C].
+            k, v: of windows of `size`, [n, size.count, C] in raster order.
+            guide: keys and values [n, K, C], always read whole.
+
+        Returns:
+            [1, n * L, C].
+        """
+        if self.keep_blocks:
+            k, v = keep_blocks(q, k, v, self.heads, size, self.keep_blocks)
+        if guide is not None:
+            k, v = torch.cat([k, guide[0]], dim=1), torch.cat([v, guide[1]], dim=1)
         out = host.attention(q, k, v, self.heads, self.options)
         for patch in self.options.get("patches", {}).get("attn1_patch", ()):
             out = patch({"x": out, "q": q, "k": k, "transformer_options": self.options})
@@ -56,7 +76,7 @@ class BlockTask:
         x = blocks.attention_output(self.block, x, attended, modulation)
         del attended
         blocks.per_token(self.block, x, modulation, self.text, self.options, self.chunk)
-        self.tokens[index] = x[0]
+        self.tokens.write(index, x[0])
 
 
 class WindowAttention(Protocol):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import host
-from .forward import DetailForward
+from .attention import override_for
+from .forward import DetailForward, workload
 from .grid import Grid
 from .latents import require_proxy
 from .lora import GuideLora
+from .memory import AUTO, parse_budget, wanted_bytes
 from .plan import Plan
 from .run import KEY, open_run, run_of
 from .settings import GUIDE_NOISE, OVERLAPS, DetailSettings, require_choice
@@ -25,6 +29,9 @@ def apply_detail_branch(
     start_percent: float = 0.0,
     end_percent: float = 1.0,
     overlap: str = "shifted",
+    memory_budget: str = AUTO,
+    attention: str = AUTO,
+    keep_blocks: int = 0,
     guide_lora: GuideLora | None = None,
 ) -> Any:
     """A clone of `model` that samples the plan's target with the detail branch.
@@ -36,6 +43,9 @@ def apply_detail_branch(
         start_percent, end_percent: part of the sampling in which the branch is active.
         overlap: `shifted` (disjoint windows that move between blocks) or `sliding` (every tile of
             queries reads a window centred on it).
+        memory_budget: device memory beside the weights: `auto` or a size such as `4 GB`.
+        attention: kernel, see `engine.attention`.
+        keep_blocks: blocks of 128 keys that a window reads, 0 for all (FlashVSR's sparsity).
         guide_lora: acts on the guide's tokens only.
 
     Raises:
@@ -63,6 +73,7 @@ def apply_detail_branch(
             raise ValueError("A guide LoRA acts on the guide: connect the sampled proxy too.")
         guide_lora.changes_of(model.model.diffusion_model)
         guide_lora.warn_of_mismatch(plan.temporal_stride, window, guide_noise)
+    override_for(attention, model.load_device)  # a kernel that is not installed is refused here
     settings = DetailSettings(
         plan=plan,
         window=window.clipped(plan.tokens),
@@ -71,9 +82,13 @@ def apply_detail_branch(
         proxy=proxy,
         sigma_start=host.percent_to_sigma(model, start_percent),
         sigma_end=host.percent_to_sigma(model, end_percent),
+        budget=parse_budget(memory_budget),
+        attention=attention,
+        keep_blocks=keep_blocks,
         guide_lora=guide_lora,
     )
 
+    @torch.compiler.disable  # the stock compile node would trace our loops, window by window
     def forward(executor: Any, x: Tensor, timestep: Tensor, context: Tensor, *args: Any, **kw: Any):
         clip_fea, time_dim_concat, options, extra = _split(args, kw)
         if not _is_active(settings, options):
@@ -82,8 +97,19 @@ def apply_detail_branch(
         branch = DetailForward(executor.class_obj, settings, run_of(options), options)
         return branch(x, timestep, context, clip_fea)
 
+    def prepare(executor: Any, patcher: Any, noise_shape: Any, *args: Any, **kw: Any):
+        """Load the weights beside what this forward needs, not what a full one would."""
+        inner = patcher.model.diffusion_model
+        itemsize = host.inference_itemsize(patcher)
+        work = workload(settings, inner, noise_shape[0], itemsize, keep_guide=True)
+        wanted = wanted_bytes(work, 4 * math.prod(noise_shape))
+        if settings.budget is not None:
+            wanted = min(wanted, settings.budget)
+        return executor(patcher, host.noise_shape_for(patcher, wanted), *args, **kw)
+
     clone = model.clone()
     for kind, wrapper in (
+        (host.Wrappers.PREPARE_SAMPLING, prepare),
         (host.Wrappers.DIFFUSION_MODEL, forward),
         (host.Wrappers.OUTER_SAMPLE, open_run),
     ):

@@ -1,26 +1,50 @@
 """A Wan forward with windowed attention guided by the proxy (method: stage 2).
 
-Target tokens stay in one tensor [B, F, h, w, C] that every block updates in place; no other tensor
-has the grid's length.
+The target tokens of a video are one tensor [F * h * w, C] that every block updates in place, on the
+device or in host memory; nothing else has the grid's length.
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import blocks, host
+from .attention import override_for
 from .block_task import BlockTask, WindowAttention
 from .guide import GuideStream
 from .latents import require_shape
+from .memory import CPU_CHUNK, CUDA_CHUNK, MemoryPlan, Workload, plan_memory
 from .rope import RopeAxes
 from .run import SamplingRun
 from .settings import DetailSettings
 from .shifted import ShiftedAttention
 from .sliding import SlidingAttention
+from .tokens import DeviceTokens, HostTokens, Tokens
 from .windows import GuideAlignment, ShiftedWindows, SlidingWindows
+
+
+def workload(
+    settings: DetailSettings, model: Any, batch: int, itemsize: int, keep_guide: bool
+) -> Workload:
+    """The sizes of one forward over `batch` videos."""
+    plan, window = settings.plan, settings.window
+    guided = settings.proxy is not None
+    ring = SlidingWindows(plan.tokens, window).ring.count if settings.overlap == "sliding" else 0
+    return Workload(
+        dim=model.dim,
+        ffn_dim=model.ffn_dim,
+        layers=len(model.blocks),
+        itemsize=itemsize,
+        tokens=batch * plan.tokens.count,
+        guide_tokens=batch * plan.proxy_tokens.count if guided else 0,
+        ring_tokens=ring,
+        window_keys=sum(plan.keys_per_query(window)),
+        keep_guide=keep_guide and settings.guide_noise == "clean",
+    )
 
 
 class DetailForward:
@@ -31,86 +55,126 @@ class DetailForward:
         self.settings = settings
         self.run = run
         self.options = dict(options)
-        self.heads = model.num_heads
         self.plan = settings.plan
         self.attention = run.attention_of(settings, self._attention)
 
     def __call__(
         self, x: Tensor, timestep: Tensor, context: Tensor, clip_fea: Tensor | None
     ) -> Tensor:
-        """x [B, C_in, T, H, W], timestep [B] or [B, T] -> the output [B, C_out, T, H, W]."""
-        plan = self.plan
+        """x [B, C_in, T, H, W], timestep [B] or [B, T] -> the output [B, C_out, T, H, W].
+
+        Raises:
+            ValueError: the latent's size is not the plan's.
+        """
         require_shape(
-            x[:, : plan.space.channels],
-            plan.latent,
-            plan.space.channels,
+            x[:, : self.plan.space.channels],
+            self.plan.latent,
+            self.plan.space.channels,
             "target",
             "Start the detail sampler from the AtlasVid Detail Latent of the same plan.",
         )
-        grid = plan.tokens
-        options = self.options
-        options["grid_sizes"] = torch.Size(grid)
-        options["total_blocks"] = len(self.model.blocks)
-        options["block_type"] = "double"
-        if x.device.type == "cpu":
-            options.setdefault("optimized_attention_override", host.fused_on_cpu)
-
-        tokens = self._embed(x)
+        self._set_options(x)
+        memory = self._plan_memory(x)
         e, e0 = host.time_embedding(self.model, timestep, x.dtype)
         text = self._text(context, clip_fea)
-        guide = None
-        if self.settings.proxy is not None:
-            guide = GuideStream(
-                self.model, self.settings, self.run, options, x, timestep, text
-            ).keys_of_blocks()
-        chunk = host.chunk_tokens(self.model, tokens)
+        with ExitStack() as stack:
+            tokens, whole = self._store(x, memory, stack)
+            self._embed(x, tokens)
+            guide = None
+            if self.settings.proxy is not None:
+                guide = GuideStream(
+                    self.model, self.settings, self.run, self.options, memory, x, timestep, text
+                ).keys_of_blocks()
+            progress = self._progress()
+            for i in range(len(self.model.blocks)):
+                progress.at_block(i, "detail")
+                self.options["block_index"] = i
+                keys = next(guide) if guide is not None else None
+                if whole is not None and ("double_block", i) in self._replacements():
+                    whole.copy_(self._replaced(i, whole, e0, text, keys, memory.chunk))
+                else:
+                    self._block(i, tokens, e0, text, keys, memory.chunk)
+                if whole is not None:
+                    self._patch(i, whole, x, e)
+            return self._head(tokens, e, x)
 
-        replace = options.get("patches_replace", {}).get("dit", {})
-        patches = options.get("patches", {}).get("double_block", ())
-        for i, block in enumerate(self.model.blocks):
-            options["block_index"] = i
-            guide_keys = next(guide) if guide is not None else None
-            if ("double_block", i) in replace:
-                tokens = self._replaced(replace["double_block", i], i, tokens, e0, text, guide_keys)
-            else:
-                self._block(i, block, tokens, e0, text, guide_keys, chunk)
-            for patch in patches:
-                flat = tokens.flatten(1, 3)
-                out = patch(
-                    {
-                        "img": flat,
-                        "x": x,
-                        "vec": e,
-                        "block_index": i,
-                        "img_offset": 0,
-                        "transformer_options": options,
-                    }
-                )
-                tokens = out["img"].unflatten(1, grid)
-        return self._head(tokens, e, x)
+    def _set_options(self, x: Tensor) -> None:
+        """What the stock forward tells other nodes' patches."""
+        self.options["grid_sizes"] = torch.Size(self.plan.tokens)
+        self.options["total_blocks"] = len(self.model.blocks)
+        self.options["block_type"] = "double"
+        override = override_for(self.settings.attention, x.device)
+        if override is not None:
+            self.options.setdefault("optimized_attention_override", override)
 
-    def _embed(self, x: Tensor) -> Tensor:
-        """Latent [B, C_in, T, H, W] -> tokens [B, F, h, w, C], a few frames at a time."""
-        grid = self.plan.tokens
-        tokens = x.new_empty((x.shape[0], *grid, self.model.dim))
-        for f in range(grid.frames):
+    def _plan_memory(self, x: Tensor) -> MemoryPlan:
+        work = workload(self.settings, self.model, len(x), x.element_size(), self.run.keep_guide)
+        free = host.free_memory(x.device)
+        if self.settings.budget is not None:
+            free = min(free, self.settings.budget)
+        # Half of what is free: the allocator fragments, and other programs use the card too.
+        share = free if self.settings.budget is not None else free // 2
+        most = CUDA_CHUNK if x.is_cuda else CPU_CHUNK
+        return plan_memory(work, share, host.host_free_memory(), most)
+
+    def _store(
+        self, x: Tensor, memory: MemoryPlan, stack: ExitStack
+    ) -> tuple[list[Tokens], Tensor | None]:
+        """The tokens of every video, and all of them as one tensor where that exists."""
+        batch, count, dim = len(x), self.plan.tokens.count, self.model.dim
+        patched = self._replacements() or self._patches()
+        if memory.tokens_on_device or patched:  # other nodes' patches want one tensor
+            whole = x.new_empty((batch, count, dim))
+            return [DeviceTokens(item) for item in whole], whole
+        stores = [HostTokens(count, dim, x.dtype, x.device) for _ in range(batch)]
+        for store in stores:
+            stack.callback(store.close)
+        return list(stores), None
+
+    def _replacements(self) -> dict:
+        return self.options.get("patches_replace", {}).get("dit", {})
+
+    def _patches(self) -> list:
+        return self.options.get("patches", {}).get("double_block", [])
+
+    def _progress(self) -> Any:
+        sigmas, schedule = self.options.get("sigmas"), self.options.get("sample_sigmas")
+        steps = 0 if schedule is None else len(schedule) - 1
+        progress = self.run.progress(steps, len(self.model.blocks))
+        progress.begin_forward(None if sigmas is None else float(sigmas.max()))
+        return progress
+
+    def _frame(self, f: int, device: torch.device) -> Tensor:
+        """Raster indices of one latent frame's tokens."""
+        area = self.plan.tokens.height * self.plan.tokens.width
+        return torch.arange(f * area, (f + 1) * area, device=device)
+
+    def _embed(self, x: Tensor, tokens: list[Tokens]) -> None:
+        """Fill the tokens from the latent [B, C_in, T, H, W], frame by frame."""
+        for f in range(self.plan.tokens.frames):
             frame = host.pad_to_patch(x[:, :, f : f + 1], self.plan.space.patch)
-            embedded = self.model.patch_embedding(frame.float())
-            tokens[:, f] = embedded[:, :, 0].permute(0, 2, 3, 1)
-        return tokens
+            embedded = self.model.patch_embedding(frame.float()).to(x.dtype)
+            index = self._frame(f, x.device)
+            for store, values in zip(tokens, embedded.flatten(2).transpose(1, 2), strict=True):
+                store.write(index, values)
+        for store in tokens:
+            store.settle()
 
-    def _head(self, tokens: Tensor, e: Tensor, x: Tensor) -> Tensor:
-        """Tokens [B, F, h, w, C] -> output latent [B, C_out, T, H, W], frame by frame."""
+    def _head(self, tokens: list[Tokens], e: Tensor, x: Tensor) -> Tensor:
+        """The output latent [B, C_out, T, H, W], frame by frame."""
         _, ph, pw = self.plan.space.patch
         _, h, w = self.plan.tokens
         height, width = x.shape[-2:]
-        out = x.new_empty((x.shape[0], self.model.out_dim, *x.shape[2:]))
-        for f in range(len(tokens[0])):
-            e_frame = e[:, f : f + 1] if e.shape[1] > 1 else e
-            patch = self.model.head(tokens[:, f].flatten(1, 2), e_frame)
-            frame = patch.view(-1, h, w, ph, pw, self.model.out_dim).permute(0, 5, 1, 3, 2, 4)
-            frame = frame.reshape(-1, self.model.out_dim, h * ph, w * pw)
-            out[:, :, f] = frame[..., :height, :width]
+        channels = self.model.out_dim
+        out = x.new_empty((len(x), channels, *x.shape[2:]))
+        for f in range(self.plan.tokens.frames):
+            index = self._frame(f, x.device)
+            for item, store in enumerate(tokens):
+                rows = e[item : item + 1, f : f + 1] if e.shape[1] > 1 else e[item : item + 1]
+                patch = self.model.head(store.read(index)[None], rows)
+                frame = patch.view(h, w, ph, pw, channels).permute(4, 0, 2, 1, 3)
+                frame = frame.reshape(channels, h * ph, w * pw)
+                out[item, :, f] = frame[:, :height, :width]
         return out
 
     def _text(self, context: Tensor, clip_fea: Tensor | None) -> blocks.Text:
@@ -123,56 +187,73 @@ class DetailForward:
 
     def _replaced(
         self,
-        replacement: Any,
         i: int,
-        tokens: Tensor,
+        whole: Tensor,
         e0: Tensor,
         text: blocks.Text,
         guide_keys: tuple[Tensor, Tensor] | None,
+        chunk: int,
     ) -> Tensor:
         """A block that another node replaced, with ours as the original that it may call."""
-        grid = self.plan.tokens
 
         def original(args: dict) -> dict:
-            out = args["img"].clone().unflatten(1, grid)
+            out = args["img"].clone()
             own = blocks.Text(args["txt"], text.image_tokens)
-            chunk = host.chunk_tokens(self.model, out)
-            self._block(i, self.model.blocks[i], out, args["vec"], own, guide_keys, chunk)
-            return {"img": out.flatten(1, 3)}
+            tokens: list[Tokens] = [DeviceTokens(item) for item in out]
+            self._block(i, tokens, args["vec"], own, guide_keys, chunk)
+            return {"img": out}
 
         args = {
-            "img": tokens.flatten(1, 3),
+            "img": whole.clone(),
             "txt": text.tokens,
             "vec": e0,
             "pe": None,
             "transformer_options": self.options,
         }
-        return replacement(args, {"original_block": original})["img"].unflatten(1, grid)
+        return self._replacements()["double_block", i](args, {"original_block": original})["img"]
+
+    def _patch(self, i: int, whole: Tensor, x: Tensor, e: Tensor) -> None:
+        """Other nodes' patches after a block, in place on the tokens [B, L, C]."""
+        for patch in self._patches():
+            args = {
+                "img": whole,
+                "x": x,
+                "vec": e,
+                "block_index": i,
+                "img_offset": 0,
+                "transformer_options": self.options,
+            }
+            result = patch(args)["img"]
+            if result is not whole:
+                whole.copy_(result)
 
     def _block(
         self,
         index: int,
-        block: Any,
-        tokens: Tensor,
+        tokens: list[Tokens],
         e0: Tensor,
         text: blocks.Text,
         guide_keys: tuple[Tensor, Tensor] | None,
         chunk: int,
     ) -> None:
-        """One block in place on tokens [B, F, h, w, C]."""
-        for item in range(len(tokens)):
+        """One block in place on the tokens of every video."""
+        block = self.model.blocks[index]
+        for item, store in enumerate(tokens):
             task = BlockTask(
                 block,
-                tokens[item].flatten(0, 2),
+                store,
                 self.plan.tokens,
                 blocks.Modulation.of(block, e0[item]),
                 text.of(item),
                 None if guide_keys is None else (guide_keys[0][item], guide_keys[1][item]),
-                self.heads,
+                self.model.num_heads,
                 self.options,
                 chunk,
+                e0.device,
+                self.settings.keep_blocks,
             )
             self.attention.evaluate(task, index)
+            store.settle()
 
     def _attention(self) -> WindowAttention:
         """The way of cutting the grid that the artist chose."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import blocks, host
 from .latents import shrink_condition
+from .memory import MemoryPlan
 from .rope import RopeAxes, join_axes
 from .run import SamplingRun
 from .settings import DetailSettings
@@ -31,15 +32,18 @@ class GuideStream:
         settings: DetailSettings,
         run: SamplingRun,
         options: dict,
+        memory: MemoryPlan,
         x: Tensor,
         timestep: Tensor,
         text: blocks.Text,
     ):
         lora = settings.guide_lora
+        self.base = model
         self.model = model if lora is None else lora.view(model)
         self.settings = settings
         self.run = run
         self.options = options
+        self.memory = memory
         self.x = x
         self.timestep = timestep
         self.text = text
@@ -47,7 +51,36 @@ class GuideStream:
         self.clean = settings.guide_noise == "clean"
 
     def keys_of_blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Per block: unrotated keys and values [B, L_g, C]."""
+        """Per block: unrotated keys and values [B, L_g, C].
+
+        With `clean` noise they are computed in the run's first step and kept for its other steps,
+        where the memory plan has room for them.
+        """
+        key = (id(self.base), id(self.settings), *self.options.get("uuids", ()))
+        kept = self.run.guide_keys.get(key)
+        device = self.x.device
+        if kept is not None:
+            for keys, values in kept:
+                yield keys.to(device, non_blocking=True), values.to(device, non_blocking=True)
+            return
+        keep = self.clean and self.run.keep_guide and self.memory.guide != "recompute"
+        fresh: list[tuple[Tensor, Tensor]] = []
+        for keys, values in self._evaluate():
+            if keep:
+                fresh.append((self._place(keys), self._place(values)))
+                if len(fresh) == len(self.model.blocks):  # only a whole stream is worth keeping
+                    self.run.guide_keys[key] = fresh
+            yield keys, values
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        """Where the memory plan keeps a tensor between steps."""
+        if self.memory.guide == "device":
+            return tensor
+        buffer = host.host_buffer(tuple(tensor.shape), tensor.dtype, tensor.device)
+        return buffer.copy_(tensor)
+
+    def _evaluate(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Per block: keys and values, computed."""
         grid, model, options = self.plan.proxy_tokens, self.model, self.options
         heads = model.num_heads
         timestep = self._timestep()
@@ -56,7 +89,7 @@ class GuideStream:
         freqs = self._own_positions(tokens.device)
         frame_of_token = torch.arange(grid.frames, device=tokens.device)
         frame_of_token = frame_of_token.repeat_interleave(grid.height * grid.width)
-        chunk = host.chunk_tokens(model, tokens)
+        chunk = self.memory.chunk
         for i, block in enumerate(model.blocks):
             modulations = [
                 blocks.Modulation.of(block, item).of_tokens(frame_of_token) for item in e0

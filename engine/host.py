@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import logging
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import av
 import comfy.conds
 import comfy.ldm.common_dit
 import comfy.ldm.modules.attention
 import comfy.ldm.wan.model
 import comfy.ldm.wan.vae
+import comfy.ldm.wan.vae2_2
 import comfy.model_base
 import comfy.model_management
 import comfy.ops
 import comfy.patcher_extension
 import comfy.sample
 import comfy.sd
+import comfy.utils
 import folder_paths
+import node_helpers
 import torch
+from comfy_api.latest import Input, InputImpl, Types
+from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
 log = logging.getLogger("atlasvid")
@@ -115,6 +127,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, options: dict) -> Ten
     )
 
 
+def attention_function(name: str) -> Callable | None:
+    """One of ComfyUI's registered attentions by name, or None where it is not installed."""
+    return comfy.ldm.modules.attention.get_attention_function(name, None)
+
+
+def started_attention() -> str | None:
+    """The registered name of the attention that ComfyUI's start flags chose."""
+    registered = comfy.ldm.modules.attention.REGISTERED_ATTENTION_FUNCTIONS
+    chosen = comfy.ldm.modules.attention.optimized_attention
+    return next((name for name, function in registered.items() if function is chosen), None)
+
+
 def fused_on_cpu(chosen: Callable, *args: Any, **kwargs: Any) -> Tensor:
     """An attention override: PyTorch's fused attention where ComfyUI would go sub-quadratic.
 
@@ -176,11 +200,74 @@ def empty_cache() -> None:
     comfy.model_management.soft_empty_cache()
 
 
-def chunk_tokens(model: Any, like: Tensor) -> int:
-    """Tokens to evaluate at a time, so that their activations fit into what is free."""
-    per_token = like.element_size() * (14 * model.dim + 3 * model.ffn_dim)
-    most = 65_536 if like.is_cuda else 4_096  # past these, larger chunks gain no speed
-    return max(1_024, min(most, int(0.5 * free_memory(like.device)) // per_token))
+def host_free_memory() -> int:
+    """Bytes of host memory that may be allocated now."""
+    return free_memory(torch.device("cpu"))
+
+
+def host_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor in host memory, pinned where `device` copies faster from such."""
+    if device.type == "cuda":
+        try:
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
+        except RuntimeError:  # the system allows no more locked memory: slower, not wrong
+            logging.info("AtlasVid: no pinned memory left, copies will be slower")
+    return torch.empty(shape, dtype=dtype)
+
+
+class Mark:
+    """A point in a device's work that another thread can wait for."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.event = None
+        if device.type == "cuda":
+            self.event = torch.cuda.Event()
+            self.event.record(torch.cuda.current_stream(device))
+
+    @contextmanager
+    def after(self) -> Iterator[None]:
+        """Run device work of this thread beside the main stream, once the mark is reached."""
+        if self.event is None:
+            yield
+            return
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_event(self.event)
+        with torch.cuda.stream(stream):
+            yield
+
+
+def mark(device: torch.device) -> Mark:
+    """Remember what a device has been given to do so far."""
+    return Mark(device)
+
+
+def inference_itemsize(model: Any) -> int:
+    """Bytes per number of a model's activations."""
+    return comfy.model_management.dtype_size(model.model.get_dtype_inference())
+
+
+def has_scheduled_weights(model: Any) -> bool:
+    """Whether weights change with the conditioning or the step (hook LoRAs)."""
+    return bool(getattr(model, "hook_patches", None))
+
+
+def show_progress(text: str) -> None:
+    """Show a line in the node that is being executed; nothing outside of a server."""
+    context = get_executing_context()
+    server = sys.modules.get("server")  # only a running ComfyUI has it; importing it starts much
+    if context is not None and server is not None:
+        server.PromptServer.instance.send_progress_text(text, context.node_id)
+
+
+def noise_shape_for(model: Any, wanted: int) -> list[int]:
+    """A noise shape for which the stock memory estimate comes to `wanted` bytes.
+
+    The estimate is linear in the latent's area, for full-length activations that we do not have.
+    """
+    probe = 2**20
+    per_area = model.model.memory_required([2, 1, probe]) / probe
+    return [1, 1, max(1, int(wanted / per_area))]
 
 
 def in_chunks(total: int, size: int, compute: Callable[[int, int], None]) -> None:
@@ -228,6 +315,156 @@ def load_diffusion_model(state: dict[str, Tensor]) -> Any:
 def load_vae(state: dict[str, Tensor]) -> Any:
     """A VAE from its weights, through the stock loader."""
     return comfy.sd.VAE(sd=state)
+
+
+# The VAE and video part of the host.
+
+VideoInput = Input.Video
+VideoFromFile = InputImpl.VideoFromFile
+VideoFromComponents = InputImpl.VideoFromComponents
+VideoComponents = Types.VideoComponents
+
+# Pixel-shuffle factor of each supported VAE class.
+WAN_VAES: dict[type, int] = {
+    comfy.ldm.wan.vae.WanVAE: 1,
+    comfy.ldm.wan.vae2_2.WanVAE: 2,
+}
+
+
+def wan_patch(vae: Any) -> int | None:
+    """1 for a Wan 2.1 VAE, 2 for a Wan 2.2 VAE, None for every other VAE."""
+    return WAN_VAES.get(type(vae.first_stage_model))
+
+
+def load_vae_weights(vae: Any, working_bytes: int) -> None:
+    """Load the VAE through ComfyUI's model management, making room for `working_bytes`."""
+    comfy.model_management.load_models_gpu(
+        [vae.patcher], memory_required=working_bytes, force_full_load=vae.disable_offload
+    )
+
+
+def reachable_vae_memory(vae: Any) -> int:
+    """Bytes on the VAE's device that are free once other models have been unloaded."""
+    device = vae.device
+    if device.type == "cpu":
+        return int(comfy.model_management.get_free_memory(device))
+    return int(comfy.model_management.get_total_memory(device))
+
+
+def free_vae_memory(vae: Any) -> int:
+    """Bytes free on the VAE's device now."""
+    return int(vae.patcher.get_free_memory(vae.device))
+
+
+def device_context(vae: Any) -> AbstractContextManager[Any]:
+    """The VAE's device as the current one, where the core has a context for it."""
+    context = getattr(comfy.model_management, "cuda_device_context", None)
+    return context(vae.device) if context else nullcontext()
+
+
+def progress_bar(total: int) -> Callable[[int], None]:
+    """A node's progress bar of `total` steps; call the result with the steps just done."""
+    return comfy.utils.ProgressBar(total).update
+
+
+def intermediate_device() -> torch.device:
+    """Where nodes keep the tensors that they hand to each other."""
+    return comfy.model_management.intermediate_device()
+
+
+def temp_directory() -> Path:
+    """ComfyUI's temp folder, which it also empties when it starts."""
+    return Path(folder_paths.get_temp_directory())
+
+
+def require_bit_depth(bit_depth: int) -> None:
+    """Refuse a bit depth that the running ComfyUI's encoder does not write.
+
+    Raises:
+        ValueError: names the depths that it does write.
+    """
+    parameters = inspect.signature(VideoFromComponents.__init__).parameters
+    allowed = (8, 10) if "bit_depth" in parameters else (8,)
+    if bit_depth not in allowed:
+        names = " or ".join(map(str, allowed))
+        raise ValueError(
+            f"bit_depth is {bit_depth}, but this ComfyUI writes videos of {names} bits. "
+            f"Set it to {names}" + (", or update ComfyUI for 10." if len(allowed) == 1 else ".")
+        )
+
+
+def video_components(images: Any, frame_rate: Fraction, audio: Any) -> Any:
+    """The core's bundle of images [frames, height, width, 3], frame rate and sound."""
+    return VideoComponents(images=images, audio=audio, frame_rate=frame_rate)
+
+
+def encode_video(components: Any, target: Any, bit_depth: int, **choices: Any) -> None:
+    """Write a video with the core's own encoder loop; 8 bit is every version's default."""
+    if bit_depth != 8:
+        choices["bit_depth"] = bit_depth
+    VideoFromComponents(components).save_to(target, **choices)
+
+
+class _PartOfContainer:
+    """A video container that is read on where the last reading ended, `size` items at a time.
+
+    The core's own conversion of a file to images takes an open container; given this one, it
+    converts a few frames per call.
+    """
+
+    def __init__(self, container: Any, size: int) -> None:
+        self.streams = SimpleNamespace(video=container.streams.video, audio=())
+        self.metadata = container.metadata
+        self.exhausted = False
+        self._container = container
+        self._size = size
+        self._items: Iterator[Any] | None = None
+
+    def seek(self, *place: Any, **options: Any) -> None:
+        """Only the first reading has to find the start."""
+        if self._items is None:
+            self._container.seek(*place, **options)
+
+    def demux(self, *streams: Any) -> list[Any]:
+        return self._next(self._container.demux, streams)
+
+    def decode(self, *streams: Any) -> list[Any]:
+        return self._next(self._container.decode, streams)
+
+    def _next(self, read: Callable[..., Iterator[Any]], streams: tuple[Any, ...]) -> list[Any]:
+        if self._items is None:
+            self._items = read(*streams)
+        items = list(islice(self._items, self._size))
+        self.exhausted = len(items) < self._size
+        return items
+
+
+def video_batches(video: Any, size: int) -> Iterator[Tensor]:
+    """The images of a video file, as its `get_components` gives them, about `size` at a time."""
+    with av.open(video.get_stream_source(), mode="r") as container:
+        part = _PartOfContainer(container, size)
+        started = False
+        while not part.exhausted:
+            images = video.get_components_internal(part).images
+            if len(images) > 0:
+                started = True
+                yield images
+            elif started:  # past the end of a trimmed video
+                return
+
+
+def scale_and_crop(images: Tensor, width: int, height: int) -> Tensor:
+    """Images [n, h, w, c] scaled bilinearly and cropped around the centre, as stock nodes do."""
+    scaled = comfy.utils.common_upscale(images.movedim(-1, 1), width, height, "bilinear", "center")
+    return scaled.movedim(1, -1)
+
+
+def set_conditioning(conditioning: Any, values: dict[str, Any]) -> Any:
+    """A copy of a CONDITIONING with `values` set on every entry."""
+    return node_helpers.conditioning_set_values(conditioning, values)
+
+
+# --- LoRAs -----------------------------------------------------------------------------------
 
 
 def lora_names() -> list[str]:
@@ -309,7 +546,7 @@ def load_device(model: Any) -> torch.device:
     return model.load_device
 
 
-def encode_video(vae: Any, pixels: Tensor) -> Tensor:
+def encode_frames(vae: Any, pixels: Tensor) -> Tensor:
     """Frames [N, H, W, 3] in 0 to 1 -> ComfyUI latent [1, C, T, H', W'], float32 on the CPU."""
     return vae.encode(pixels).float().cpu()
 
@@ -337,3 +574,17 @@ def input_folder() -> str:
 def lora_folder() -> str:
     """The first of ComfyUI's loras folders, where a new LoRA is saved."""
     return folder_paths.get_folder_paths("loras")[0]
+
+
+def preview_bar(total: int, size: int) -> Callable[[int, Any], None]:
+    """A node's progress bar that can show a picture; call it with steps done and PIL or None.
+
+    Args:
+        size: longest side of the picture in pixels.
+    """
+    bar = comfy.utils.ProgressBar(total)
+
+    def show(done: int, picture: Any) -> None:
+        bar.update_absolute(done, total, picture and ("PNG", picture, size))
+
+    return show

@@ -8,21 +8,28 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from . import host
+from .progress import RunProgress
 
 KEY = "atlasvid"
 T = TypeVar("T")
 
 
 class SamplingRun:
-    """State of one call of a sampler: the guide's noise and its keys and values.
+    """State of one call of a sampler: the guide's noise, its keys, geometry, progress.
 
     Created when sampling starts, reachable by the forward through `transformer_options`, emptied
     when sampling ends, fails or is cancelled.
+
+    Args:
+        seed: the sampler's.
+        keep_guide: whether one conditioning has the same weights in every step.
     """
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, keep_guide: bool = True):
         self.seed = seed
+        self.keep_guide = keep_guide
         self.guide_keys: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
+        self._progress: RunProgress | None = None
         self._noise: Tensor | None = None
         self._attention: dict[int, tuple[Any, Any]] = {}
 
@@ -32,6 +39,12 @@ class SamplingRun:
         if kept is None:
             kept = self._attention[id(settings)] = (settings, make())
         return kept[1]
+
+    def progress(self, steps: int, blocks: int) -> RunProgress:
+        """The run's one progress report."""
+        if self._progress is None:
+            self._progress = RunProgress(steps, blocks)
+        return self._progress
 
     def noise_like(self, latent: Tensor) -> Tensor:
         """The run's one noise for the guide latent, the stock sampler's for the same seed."""
@@ -48,7 +61,7 @@ class SamplingRun:
 
 def run_of(options: dict) -> SamplingRun:
     """The run that a forward belongs to; a forward outside of sampling gets one of its own."""
-    return options.get(KEY) or SamplingRun(seed=0)
+    return options.get(KEY) or SamplingRun(seed=0, keep_guide=False)
 
 
 def open_run(executor: Any, noise: Tensor, latent_image: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -62,9 +75,10 @@ def open_run(executor: Any, noise: Tensor, latent_image: Tensor, *args: Any, **k
             "The latent to sample from contains NaN or infinite values. An earlier stage broke: "
             "check its model, precision and LoRA strengths."
         )
+    guider = executor.class_obj
     seed = kwargs.get("seed", args[5] if len(args) > 5 else None)
-    run = SamplingRun(seed or 0)
-    options = executor.class_obj.model_options.setdefault("transformer_options", {})
+    run = SamplingRun(seed or 0, keep_guide=not host.has_scheduled_weights(guider.model_patcher))
+    options = guider.model_options.setdefault("transformer_options", {})
     options[KEY] = run
     try:
         return executor(noise, latent_image, *args, **kwargs)

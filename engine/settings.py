@@ -37,6 +37,11 @@ class DetailSettings:
     """The proxy latent as the model sees it (process_in applied), or None for windows alone."""
     sigma_start: float
     sigma_end: float
+    budget: int | None = None
+    """Bytes of device memory beside the weights, or None for what is free."""
+    attention: str = "auto"
+    keep_blocks: int = 0
+    """Blocks of 128 keys that a window reads, 0 for all."""
     guide_lora: GuideLora | None = None
 
 

@@ -51,7 +51,7 @@ class ShiftedAttention:
         self._groups: dict[int, list[WindowGroup]] = {}
 
     def evaluate(self, task: BlockTask, index: int) -> None:
-        for group in self.groups(index % 2, task.tokens.device):
+        for group in self.groups(index % 2, task.device):
             at_a_time = max(1, task.chunk // group.size.count)
             host.in_chunks(
                 len(group.tokens), at_a_time, partial(self.evaluate_windows, task, group)
@@ -89,10 +89,8 @@ class ShiftedAttention:
         q = blocks.rotate(blocks.queries(attention, y), task.heads, group.freqs)
         k = blocks.rotate(blocks.keys(attention, y), task.heads, group.freqs)
         v = attention.v(y)
-        if task.guide is not None:
-            guide_k, guide_v = _aligned_guide(task, group, slice(start, stop))
-            k, v = torch.cat([k, guide_k], dim=1), torch.cat([v, guide_v], dim=1)
-        attended = task.attend(q, k, v)
+        guide = _aligned_guide(task, group, slice(start, stop)) if task.guide else None
+        attended = task.attend(q, k, v, group.size, guide)
         del y, q, k, v
         task.finish(x, attended, modulation, index)
 

@@ -62,17 +62,13 @@ class SlidingAttention:
         self.windows = windows
         self.alignment = alignment
         self.rope = rope
-        grid, window = windows.grid, windows.window
-        self.axis = min(range(3), key=lambda i: window[i] / grid[i])
-        ring = list(grid)
-        ring[self.axis] = window[self.axis]
-        self.ring_grid = Grid(*ring)
+        self.axis = windows.axis
         self._prepared: tuple[list[TileGroup], list[Tensor], Tensor | None] | None = None
 
     def evaluate(self, task: BlockTask, index: int) -> None:
         del index  # the tiles are the same in every block
-        groups, tables, guide_freqs = self._prepare(task.tokens.device)
-        ring = Ring(self.ring_grid, task.tokens)
+        groups, tables, guide_freqs = self._prepare(task.device)
+        ring = Ring(self.windows.ring, task.modulation.rows[0])
         guide = None
         if task.guide is not None:
             assert guide_freqs is not None
@@ -135,7 +131,7 @@ class SlidingAttention:
             return
         start, size = [0, 0, 0], list(self.windows.grid)
         start[self.axis], size[self.axis] = ring.filled, last - ring.filled
-        starts = torch.tensor([start], device=task.tokens.device)
+        starts = torch.tensor([start], device=task.device)
         index = flat_index(self.windows.grid, starts, Grid(*size))[0]
         slot = flat_index(ring.grid, starts, Grid(*size), wrap=ring.grid)[0]
 
@@ -179,12 +175,13 @@ class SlidingAttention:
         q = q.view(stop - start, group.size.count, -1)
         read = flat_index(ring.grid, group.keys[start:stop], windows.window, wrap=ring.grid)
         k, v = ring.keys[read], ring.values[read]
+        aligned = None
         if guide is not None:
             assert self.alignment is not None
             assert group.guide is not None
-            aligned = group.guide[start:stop]
-            read = flat_index(self.alignment.guide, aligned, self.alignment.count)
-            k, v = torch.cat([k, guide[0][read]], dim=1), torch.cat([v, guide[1][read]], dim=1)
-        attended = task.attend(q, k, v)
+            starts = group.guide[start:stop]
+            read = flat_index(self.alignment.guide, starts, self.alignment.count)
+            aligned = guide[0][read], guide[1][read]
+        attended = task.attend(q, k, v, windows.window, aligned)
         del y, q, k, v
         task.finish(x, attended, modulation, index)

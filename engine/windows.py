@@ -111,6 +111,18 @@ class SlidingWindows:
     def tile(self) -> Grid:
         return Grid(*(max(1, w // 2) for w in self.window))
 
+    @property
+    def axis(self) -> int:
+        """The axis to stream along: the one on which a key window is shortest against the grid."""
+        return min(range(3), key=lambda i: self.window[i] / self.grid[i])
+
+    @property
+    def ring(self) -> Grid:
+        """Tokens whose keys and values are needed at a time: a key window's length of slices."""
+        sizes = list(self.grid)
+        sizes[self.axis] = self.window[self.axis]
+        return Grid(*sizes)
+
     def tiles(self) -> list[Box]:
         """The query tiles, in raster order."""
         return ShiftedWindows(self.grid, self.tile).boxes(0)

@@ -2,15 +2,18 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .decode import AtlasVidDecode, AtlasVidDecodeToVideo
 from .detail import (
     AtlasVidDetailLatent,
     AtlasVidHierarchicalAttention,
     AtlasVidStructureGuidance,
 )
+from .encode import AtlasVidEncode, AtlasVidImageToVideo
 from .lora import AtlasVidGuideLoRA
 from .plan import AtlasVidPlan
 from .rope import AtlasVidRoPE
 from .tiny import AtlasVidTinyModels
+from .train import AtlasVidTrainLoRA
 
 NODES: list[type[io.ComfyNode]] = [
     AtlasVidPlan,
@@ -19,7 +22,12 @@ NODES: list[type[io.ComfyNode]] = [
     AtlasVidHierarchicalAttention,
     AtlasVidStructureGuidance,
     AtlasVidGuideLoRA,
+    AtlasVidTrainLoRA,
     AtlasVidTinyModels,
+    AtlasVidDecode,
+    AtlasVidDecodeToVideo,
+    AtlasVidEncode,
+    AtlasVidImageToVideo,
 ]
 
 

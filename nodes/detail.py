@@ -2,12 +2,13 @@
 
 from comfy_api.latest import io
 
+from ..engine.attention import BACKENDS
 from ..engine.detail import apply_detail_branch
 from ..engine.grid import Grid
 from ..engine.guidance import apply_structure_guidance
 from ..engine.latents import require_proxy, upscale_proxy
 from ..engine.settings import GUIDE_NOISE, OVERLAPS, preset_guide_noise, preset_window
-from .types import CATEGORY, GuideLoraType, PlanType
+from .types import CATEGORY, GuideLoraType, PlanType, memory_budget_input
 
 
 class AtlasVidDetailLatent(io.ComfyNode):
@@ -112,6 +113,30 @@ class AtlasVidHierarchicalAttention(io.ComfyNode):
                     tooltip="Part of the sampling at which this ends. After it the model's own "
                     "full attention runs, which is slow at large sizes.",
                 ),
+                memory_budget_input(
+                    "Card memory that sampling may use beside the weights. auto: half of what is "
+                    "free. With less, work is done in smaller pieces and, if need be, tokens "
+                    "stream from the computer's memory: slower, same result."
+                ),
+                io.Combo.Input(
+                    "attention",
+                    options=list(BACKENDS),
+                    default=BACKENDS[0],
+                    optional=True,
+                    advanced=True,
+                    tooltip="auto: what ComfyUI was started with. The others when installed; "
+                    "sage is checked against PyTorch's at first use.",
+                ),
+                io.Int.Input(
+                    "keep_blocks",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Blocks of 128 keys that a window reads, the most relevant ones; "
+                    "saves time in large windows. 0 reads all: exact.",
+                ),
                 io.Latent.Input(
                     "proxy",
                     optional=True,
@@ -137,6 +162,9 @@ class AtlasVidHierarchicalAttention(io.ComfyNode):
         guide_noise,
         start_percent,
         end_percent,
+        memory_budget="auto",
+        attention="auto",
+        keep_blocks=0,
         proxy=None,
         guide_lora=None,
     ) -> io.NodeOutput:
@@ -146,7 +174,18 @@ class AtlasVidHierarchicalAttention(io.ComfyNode):
         samples = None if proxy is None else proxy["samples"]
         return io.NodeOutput(
             apply_detail_branch(
-                model, plan, samples, size, noise, start_percent, end_percent, overlap, guide_lora
+                model,
+                plan,
+                samples,
+                size,
+                noise,
+                start_percent,
+                end_percent,
+                overlap,
+                memory_budget,
+                attention,
+                keep_blocks,
+                guide_lora,
             )
         )
 

@@ -1,8 +1,5 @@
 """Training LoRAs for the proxy and for the guide."""
 
-import time
-
-import torch
 from comfy_api.latest import io, ui
 from comfy_execution.graph import ExecutionBlocker
 from safetensors.torch import load_file
@@ -12,15 +9,16 @@ from ..engine.lora import load_guide_lora
 from ..engine.recipe import STAGES
 from ..engine.settings import preset_window
 from ..engine.training.adapters import TARGETS
-from ..engine.training.clips import clips_of_nodes, folder_state, named_folder
-from ..engine.training.curve import as_image, draw_losses
+from ..engine.training.clips import clips_given, folder_state, named_folder
+from ..engine.training.curve import LossPreview, as_image, draw_losses
 from ..engine.training.job import comfyui_job, train
 from ..engine.training.objective import NoiseLevels
 from ..engine.training.trainer import OPTIMIZERS, PRECISIONS, TrainSettings
 from ..engine.windows import COMPACT
 from .types import CATEGORY, GuideLoraType, PlanType
 
-PREVIEW_SECONDS = 2.0
+NOT_A_GUIDE = "Stage proxy makes an ordinary LoRA: use the lora output, or LoraLoaderModelOnly."
+NOT_A_PROXY = "Stage guide makes a guide LoRA: use the guide_lora output, or AtlasVid Guide LoRA."
 
 
 def ranged(kind, name, default, low, high, step, tooltip):
@@ -175,11 +173,11 @@ class AtlasVidTrainLoRA(io.ComfyNode):
             vae[0],
             plan[0],
             settings,
-            clips_of_nodes(folder[0], videos, captions),
+            clips_given(folder[0], videos, captions),
             resume[0],
             cuts_per_clip[0],
             on_clip=lambda done, total, clip: host.show_progress(f"clip {done}/{total}: {clip}"),
-            on_step=Progress(settings.steps).show,
+            on_step=LossPreview(settings.steps).show,
         )
         curve = as_image(draw_losses(result.losses))
         guide = settings.stage == "guide"

@@ -131,13 +131,13 @@ class Forward:
     def products(self) -> None:
         """The matrix products of our forward alone, on the same shapes and chunks."""
         import torch
-        from atlasvid.engine import host
+        from atlasvid.engine.memory import CPU_CHUNK, CUDA_CHUNK
         from atlasvid.engine.windows import COMPACT
 
         model = self.patcher.model.diffusion_model
         window = COMPACT.clipped(self.plan.tokens).count
         tokens, keys = self.plan.tokens.count, self.keys()
-        chunk = max(1, host.chunk_tokens(model, self.x) // window) * window
+        chunk = (CUDA_CHUNK if self.x.is_cuda else CPU_CHUNK) // window * window
         block, heads = model.blocks[0], model.num_heads
         linear = [block.self_attn.q, block.self_attn.k, block.self_attn.v, block.self_attn.o]
         linear += [block.cross_attn.q, block.cross_attn.o, block.ffn[0]]

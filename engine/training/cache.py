@@ -142,7 +142,7 @@ class LatentCache:
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     def _latent(self, frames: Tensor, expected: Grid) -> Tensor:
-        latent = host.encode_video(self.vae, frames.float() / 255)
+        latent = host.encode_frames(self.vae, frames.float() / 255)
         shape = (1, self.plan.space.channels, *expected)
         if tuple(latent.shape) != shape:
             raise ValueError(

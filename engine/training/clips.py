@@ -69,6 +69,39 @@ def clips_in_folder(folder: str | Path) -> list[Clip]:
     ]
 
 
+def named_folder(name: str) -> Path:
+    """A folder by its path, or by its name in ComfyUI's input folder."""
+    folder = Path(name).expanduser()
+    return folder if folder.is_absolute() else Path(host.input_folder()) / folder
+
+
+def folder_state(folder: Path) -> str:
+    """Changes when a clip or a caption in a folder does."""
+    if not folder.is_dir():
+        return ""
+    facts = [(file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file()]
+    text = repr([(name, fact.st_size, fact.st_mtime_ns) for name, fact in facts])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def clips_given(folder: str, videos: Sequence[Any], captions: Sequence[str]) -> list[Clip]:
+    """The clips of a folder, or else of ComfyUI's dataset nodes.
+
+    Raises:
+        ValueError: both or neither are given, or what is given is incomplete.
+    """
+    if folder and len(videos):
+        raise ValueError(
+            "Both a folder and videos are given. Empty the one or disconnect the other."
+        )
+    if not folder and not len(videos):
+        raise ValueError(
+            "There is nothing to train on. Name a folder of clips, or connect videos and captions "
+            "from a dataset node."
+        )
+    return clips_in_folder(named_folder(folder)) if folder else clips_of_nodes(videos, captions)
+
+
 def clips_of_nodes(videos: Sequence[Any], captions: Sequence[str]) -> list[Clip]:
     """ComfyUI's VIDEOs with their captions, as its dataset nodes give them.
 

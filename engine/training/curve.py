@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
 
+from .. import host
 from .files import write_whole
 
 SIZE = (800, 480)
@@ -69,3 +74,28 @@ def save_losses(losses: Sequence[float], path: Path) -> None:
     """
     picture = draw_losses(losses)
     write_whole(path, lambda scratch: picture.save(scratch, "PNG"))
+
+
+def as_image(picture: Image.Image) -> Tensor:
+    """A picture as a ComfyUI IMAGE [1, H, W, 3]."""
+    return torch.from_numpy(np.asarray(picture).astype(np.float32) / 255)[None]
+
+
+class LossPreview:
+    """A node's progress over a run, with the curve as its preview."""
+
+    SECONDS = 2.0
+    """Between two pictures: drawing one takes as long as a short step."""
+
+    def __init__(self, steps: int):
+        self._show = host.preview_bar(steps, SIZE[0])
+        self._steps = steps
+        self._drawn = 0.0
+
+    def show(self, step: int, losses: Sequence[float]) -> None:
+        """After a step."""
+        picture, now = None, time.monotonic()
+        if now - self._drawn > self.SECONDS or step == self._steps:
+            picture, self._drawn = draw_losses(losses), now
+        self._show(step, picture)
+        host.show_progress(f"step {step}/{self._steps}, loss {running_mean(losses)[-1]:.4f}")

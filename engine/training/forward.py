@@ -25,6 +25,7 @@ from ..plan import Plan
 from ..run import SamplingRun
 from ..settings import DetailSettings
 from ..shifted import ShiftedAttention, WindowGroup
+from ..tokens import DeviceTokens
 
 recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 CHUNK_TOKENS = {"cuda": 8_192, "cpu": 2_048}
@@ -87,21 +88,24 @@ class TrainedDetail(DetailForward):
         self, x: Tensor, timestep: Tensor, context: Tensor, clip_fea: Tensor | None
     ) -> Tensor:
         with torch.no_grad():
-            tokens = self._embed(x)
+            tokens = [DeviceTokens(item) for item in self._empty(x)]
+            self._embed(x, list(tokens))
             e, e0 = host.time_embedding(self.model, timestep, x.dtype)
             text = self._text(context, clip_fea)
+            memory = self._plan_memory(x)
         guide = TrainedGuide(
-            self.guide_model, self.settings, self.run, self.options, x, timestep, text
+            self.guide_model, self.settings, self.run, self.options, memory, x, timestep, text
         ).keys_of_blocks()
         for i, block in enumerate(self.model.blocks):
             keys, values = next(guide)
-            tokens = torch.stack(
-                [
-                    self._item(i, block, tokens[b], e0[b], text.of(b), keys[b], values[b])
-                    for b in range(len(x))
-                ]
-            )
-        return self._head(tokens, e, x)
+            for b, item in enumerate(tokens):
+                new = self._item(i, block, item.values, e0[b], text.of(b), keys[b], values[b])
+                tokens[b] = DeviceTokens(new)
+        return self._head(list(tokens), e, x)
+
+    def _empty(self, x: Tensor) -> Tensor:
+        """Room for the target's tokens [B, F * h * w, C]."""
+        return x.new_empty((len(x), self.plan.tokens.count, self.model.dim))
 
     def _item(
         self,
@@ -113,13 +117,13 @@ class TrainedDetail(DetailForward):
         guide_keys: Tensor,
         guide_values: Tensor,
     ) -> Tensor:
-        """One block on one item's tokens [F, h, w, C], some windows at a time -> [F, h, w, C]."""
+        """One block on one item's tokens [L, C], some windows at a time -> [L, C]."""
         host.raise_if_cancelled()
         attention = self.attention
         assert isinstance(attention, ShiftedAttention), "only disjoint windows are trained"
         groups = attention.groups(index % 2, tokens.device)
         order = torch.cat([group.tokens.flatten() for group in groups])
-        in_order = tokens.flatten(0, 2)[order]
+        in_order = tokens[order]
         modulation = blocks.Modulation.of(block, e0)
         most = CHUNK_TOKENS.get(tokens.device.type, CHUNK_TOKENS["cuda"])
         results, first = [], 0
@@ -139,14 +143,15 @@ class TrainedDetail(DetailForward):
                 ) -> Tensor:
                     task = WindowTask(
                         block,
-                        x,
+                        DeviceTokens(x),
                         self.plan.tokens,
                         modulation,
                         text,
                         (keys, values),
-                        self.heads,
+                        self.model.num_heads,
                         self.options,
-                        0,
+                        most,
+                        x.device,
                     )
                     attention.evaluate_windows(task, group, start, stop)
                     return task.results[0]
@@ -156,7 +161,7 @@ class TrainedDetail(DetailForward):
                 first += count
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(len(order), device=order.device)
-        return torch.cat(results)[inverse].unflatten(0, tuple(self.plan.tokens))
+        return torch.cat(results)[inverse]
 
 
 @dataclass(frozen=True)
@@ -169,7 +174,8 @@ class WindowTask(BlockTask):
     results: list[Tensor] = field(default_factory=list)
 
     def read(self, index: Tensor) -> tuple[Tensor, blocks.Modulation]:
-        return self.tokens[None], self.modulation_of(index)
+        assert isinstance(self.tokens, DeviceTokens)
+        return self.tokens.values[None], self.modulation_of(index)
 
     def finish(
         self, x: Tensor, attended: Tensor, modulation: blocks.Modulation, index: Tensor

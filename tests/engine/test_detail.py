@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from atlasvid.engine import forward as engine_forward
 from atlasvid.engine import host
 from atlasvid.engine.detail import apply_detail_branch
 from atlasvid.engine.grid import Grid
@@ -232,7 +233,7 @@ def test_chunk_size_does_not_change_the_result(wan, monkeypatch, overlap):
     x, t, context = inputs((5, 14, 18))
     results = []
     for chunk in (7, 64, 100_000):
-        monkeypatch.setattr(host, "chunk_tokens", lambda model, like, n=chunk: n)
+        monkeypatch.setattr(engine_forward, "CPU_CHUNK", chunk)
         results.append(forward(patched, x, t, context))
     assert relative_error(results[0], results[2]) < 1e-6
     assert relative_error(results[1], results[2]) < 1e-6

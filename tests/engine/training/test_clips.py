@@ -107,7 +107,10 @@ def test_a_folder_gives_clips_with_their_captions(tmp_path):
     render(tmp_path / "a.MP4", 2, caption="first")
     (tmp_path / "notes.txt").write_text("no clip")
     clips = clips_in_folder(tmp_path)
-    assert [(clip.name, clip.caption) for clip in clips] == [("a.MP4", "first"), ("b.mp4", "second")]
+    assert [(clip.name, clip.caption) for clip in clips] == [
+        ("a.MP4", "first"),
+        ("b.mp4", "second"),
+    ]
 
 
 def test_bad_folders_are_refused(tmp_path):

@@ -1,0 +1,128 @@
+"""Where the tensors of one forward live, and how many tokens are evaluated at a time.
+
+Pure arithmetic on what is free; the sizes are those of method section 4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GIB = 2**30
+AUTO = "auto"
+BUDGETS = (AUTO, "1 GB", "2 GB", "3 GB", "4 GB", "6 GB", "8 GB", "12 GB", "16 GB", "24 GB")
+MIN_CHUNK = 1_024
+CUDA_CHUNK = 65_536
+CPU_CHUNK = 4_096
+"""Past these sizes a larger chunk gains no speed."""
+
+
+def parse_budget(budget: str) -> int | None:
+    """Bytes of a budget such as "4 GB"; None for "auto".
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if budget == AUTO:
+        return None
+    number, _, unit = budget.partition(" ")
+    try:
+        size = float(number)
+    except ValueError:
+        size = 0.0
+    if unit != "GB" or not size > 0:
+        raise ValueError(f'memory_budget is {budget!r}; write "auto" or a size such as "4 GB".')
+    return int(size * GIB)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Sizes of one forward.
+
+    Args:
+        itemsize: bytes per number of the tokens.
+        tokens, guide_tokens: of all batch items together.
+        ring_tokens: tokens whose keys and values sliding windows keep, of one item.
+        window_keys: keys that one window or tile reads.
+        keep_guide: whether the guide's keys and values serve every step.
+    """
+
+    dim: int
+    ffn_dim: int
+    layers: int
+    itemsize: int
+    tokens: int
+    guide_tokens: int
+    ring_tokens: int
+    window_keys: int
+    keep_guide: bool
+
+    @property
+    def token_bytes(self) -> int:
+        """The target tokens, the one tensor of the grid's length."""
+        return self.tokens * self.dim * self.itemsize
+
+    @property
+    def guide_bytes(self) -> int:
+        """Keys and values of the guide in every block, where they are kept."""
+        pairs = 2 * self.layers if self.keep_guide else 2
+        return pairs * self.guide_tokens * self.dim * self.itemsize
+
+    @property
+    def ring_bytes(self) -> int:
+        """Rotated keys and values of sliding windows."""
+        return 2 * self.ring_tokens * self.dim * self.itemsize
+
+    @property
+    def bytes_per_chunk_token(self) -> int:
+        """Activations at the peak of a chunk: the attention's and the feed-forward's."""
+        return self.itemsize * (14 * self.dim + 3 * self.ffn_dim)
+
+    @property
+    def least_chunk_bytes(self) -> int:
+        """Activations of the smallest chunk: one window with its keys, or the guide's own."""
+        tokens = max(MIN_CHUNK, self.window_keys, self.guide_tokens)
+        return tokens * 14 * self.dim * self.itemsize + MIN_CHUNK * self.bytes_per_chunk_token
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Where tensors live, for one forward."""
+
+    chunk: int
+    """Tokens evaluated at a time."""
+    tokens_on_device: bool
+    guide: str
+    """Where kept keys and values of the guide live: `device`, `host`, or `recompute`."""
+
+
+def plan_memory(work: Workload, free: int, host_free: int, most_chunk: int) -> MemoryPlan:
+    """Place the tensors of a forward within `free` bytes of the device.
+
+    What every step needs most goes onto the device first: a working chunk, the target tokens, then
+    the guide's keys; what is left makes the chunk larger. The guide's keys are kept in host memory
+    only where they take less than half of it.
+    """
+    left = free - work.least_chunk_bytes - work.ring_bytes
+    tokens_on_device = work.token_bytes <= left
+    if tokens_on_device:
+        left -= work.token_bytes
+    guide = "recompute"
+    if work.keep_guide and work.guide_tokens:
+        if work.guide_bytes <= left // 2:
+            guide = "device"
+            left -= work.guide_bytes
+        elif work.guide_bytes <= host_free // 2:
+            guide = "host"
+    chunk = MIN_CHUNK + max(0, left) // work.bytes_per_chunk_token
+    return MemoryPlan(min(chunk, most_chunk), tokens_on_device, guide)
+
+
+def wanted_bytes(work: Workload, latent_bytes: int) -> int:
+    """Device memory that sampling uses well: everything on the device and a full chunk.
+
+    Args:
+        latent_bytes: one float32 latent of the target; a step of a stock sampler holds about eight.
+    """
+    guide = work.guide_bytes if work.guide_tokens else 0
+    chunk = work.least_chunk_bytes + CUDA_CHUNK // 4 * work.bytes_per_chunk_token
+    return 8 * latent_bytes + work.token_bytes + work.ring_bytes + guide + chunk

@@ -1,0 +1,73 @@
+"""What a long step is doing, in words: phase, blocks done, time left."""
+
+from __future__ import annotations
+
+import time
+
+from . import host
+
+INTERVAL = 0.5
+"""Seconds between two messages."""
+
+
+class RunProgress:
+    """Tells the artist where a sampling run is, and cancels within it.
+
+    The number of forwards per step is learned from the first step.
+
+    Args:
+        steps: sampling steps, 0 where unknown.
+        blocks: blocks of the model.
+    """
+
+    def __init__(self, steps: int, blocks: int):
+        self.steps = steps
+        self.blocks = blocks
+        self._step = 0
+        self._sigma: float | None = None
+        self._forward = 0
+        self._forwards_per_step = 1
+        self._begun = time.monotonic()
+        self._spoken = 0.0
+
+    def begin_forward(self, sigma: float | None) -> None:
+        """A forward at noise level `sigma` begins; a new level is a new step."""
+        if sigma == self._sigma and self._step:
+            self._forward += 1
+        else:
+            self._step += 1
+            self._forward = 0
+            self._sigma = sigma
+        self._forwards_per_step = max(self._forwards_per_step, self._forward + 1)
+
+    def fraction(self, block: int) -> float:
+        """Share of the run that is done when `block` blocks of this forward are."""
+        in_step = (self._forward + block / self.blocks) / self._forwards_per_step
+        return (self._step - 1 + in_step) / max(1, self.steps)
+
+    def at_block(self, block: int, phase: str) -> None:
+        """Block number `block` of this forward begins."""
+        host.raise_if_cancelled()
+        now = time.monotonic()
+        if now - self._spoken < INTERVAL:
+            return
+        self._spoken = now
+        step = f"step {self._step}/{self.steps}" if self.steps else f"step {self._step}"
+        parts = [phase, step, f"block {block + 1}/{self.blocks}"]
+        done = self.fraction(block)
+        if self.steps and self._step > 1:  # the first step also learns and fills caches
+            left = (now - self._begun) * (1 - done) / done
+            parts.append(f"about {duration(left)} left")
+        host.show_progress(", ".join(parts))
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the two units that matter: 42 s, 3 min 20 s, 2 h 5 min."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    minutes, seconds = divmod(seconds, 60)
+    if minutes < 60:
+        return f"{minutes} min {seconds} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min"

@@ -1,0 +1,84 @@
+"""The target tokens of one video, on the device that computes or in host memory."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from . import host
+
+
+class Tokens(Protocol):
+    """Tokens [F * h * w, C] that blocks read and overwrite by raster index."""
+
+    def read(self, index: Tensor) -> Tensor:
+        """Tokens [n, C] at indices [n] (on the computing device), as a tensor of its own."""
+        ...
+
+    def write(self, index: Tensor, values: Tensor) -> None:
+        """Overwrite tokens; visible to reads after `settle`, to other indices at once."""
+        ...
+
+    def settle(self) -> None:
+        """Wait until everything written can be read."""
+        ...
+
+
+class DeviceTokens:
+    """Tokens on the device that computes."""
+
+    def __init__(self, values: Tensor):
+        self.values = values
+
+    def read(self, index: Tensor) -> Tensor:
+        return self.values[index]
+
+    def write(self, index: Tensor, values: Tensor) -> None:
+        self.values[index] = values
+
+    def settle(self) -> None:
+        pass
+
+
+class HostTokens:
+    """Tokens in (pinned) host memory that stream through the device.
+
+    A worker thread copies results back while the next chunk is gathered and computed. At most two
+    results wait, so memory stays bounded.
+    """
+
+    WAITING = 2
+
+    def __init__(self, count: int, dim: int, dtype: torch.dtype, device: torch.device):
+        self.values = host.host_buffer((count, dim), dtype, device)
+        self.device = device
+        self._worker = ThreadPoolExecutor(1, "atlasvid-tokens")
+        self._pending: list[Future[None]] = []
+
+    def read(self, index: Tensor) -> Tensor:
+        gathered = host.host_buffer(
+            (len(index), self.values.shape[1]), self.values.dtype, self.device
+        )
+        torch.index_select(self.values, 0, index.cpu(), out=gathered)
+        return gathered.to(self.device, non_blocking=True, copy=True)
+
+    def write(self, index: Tensor, values: Tensor) -> None:
+        while len(self._pending) >= self.WAITING:
+            self._pending.pop(0).result()
+        ready = host.mark(self.device)
+        self._pending.append(self._worker.submit(self._store, index, values, ready))
+
+    def _store(self, index: Tensor, values: Tensor, ready: host.Mark) -> None:
+        with torch.inference_mode(), ready.after():
+            self.values[index.cpu()] = values.cpu()
+
+    def settle(self) -> None:
+        while self._pending:
+            self._pending.pop(0).result()
+
+    def close(self) -> None:
+        """Wait for the worker and let it go."""
+        self._worker.shutdown(wait=True)

@@ -1,0 +1,1 @@
+"""Exact tiled decode and encode for the Wan VAEs, in bounded memory."""

@@ -1,0 +1,267 @@
+"""Streams a latent video through the decoder tile by tile: exact, and bounded in memory."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import host
+from ..memory import AUTO, parse_budget
+from .regions import Box, Grid
+from .scratch import MemoryStore, Store
+from .tiling import CostModel, frugal_grid, grid_within
+from .wan import Cache, WanDecoder, frame_count
+
+# Channels x positions x frames alive in the whole-frame stage, in features of one frame.
+WHOLE_FRAME_LIVE = 18
+# Share of the device's memory that tiles may take; the rest is for the weights and others.
+MEMORY_SHARE = 0.7
+
+
+@dataclass(frozen=True)
+class Block:
+    """Decoded pixels of one tile and chunk.
+
+    `pixels` is [3, t, height, width] in the VAE's raw range; `box` is in pixels; `start` is the
+    first frame; `completes` says that no part of these frames is missing any more.
+    """
+
+    box: Box
+    start: int
+    pixels: Tensor
+    completes: bool
+
+
+def supported_patch(vae: Any) -> int:
+    """The pixel-shuffle of a Wan VAE.
+
+    Raises:
+        ValueError: the VAE is none of the supported ones.
+    """
+    vae.throw_exception_if_invalid()
+    patch = host.wan_patch(vae)
+    if patch is None:
+        raise ValueError(
+            f"This VAE is a {type(vae.first_stage_model).__name__}. Exact tiles work with the "
+            "Wan 2.1 VAE (wan_2.1_vae) and the Wan 2.2 VAE (wan2.2_vae): load one of these, or "
+            "use the stock VAE Decode / VAE Encode nodes, which take every VAE."
+        )
+    return patch
+
+
+def check_latent(latent: Tensor, channels: int) -> Tensor:
+    """The video latent [batch, channels, frames, height, width] of a LATENT's samples.
+
+    Raises:
+        ValueError: it has another shape.
+    """
+    if latent.is_nested:
+        latent = latent.unbind()[0]
+    if latent.ndim != 5 or latent.shape[1] != channels:
+        raise ValueError(
+            f"This VAE decodes video latents of shape [batch, {channels}, frames, height, "
+            f"width]; the samples have shape {list(latent.shape)}. Use the latent of a model "
+            "that belongs to this VAE."
+        )
+    return latent
+
+
+class TiledDecoder:
+    """A Wan VAE with a tile plan for one latent video [batch, C, T, h, w]."""
+
+    def __init__(self, vae: Any, latent: Tensor, budget: str = AUTO) -> None:
+        """`budget` is "auto" or gibibytes such as "4 GB"."""
+        self.vae = vae
+        self.decoder = WanDecoder(vae.first_stage_model, supported_patch(vae))
+        self.latent = check_latent(latent, self.decoder.latent_channels)
+        self.cost = CostModel(
+            chain=self.decoder.chain,
+            latent_height=latent.shape[-2],
+            latent_width=latent.shape[-1],
+            in_scale=1,
+            out_scale=8,
+            whole_macs=self.decoder.whole_macs,
+            element_bytes=vae.vae_dtype.itemsize,
+        )
+        self.budget = budget
+
+    @property
+    def frames_per_item(self) -> int:
+        return frame_count(self.latent.shape[2])
+
+    @property
+    def frames(self) -> int:
+        """Image frames of the whole batch, one item after the other."""
+        return self.latent.shape[0] * self.frames_per_item
+
+    @property
+    def height(self) -> int:
+        return self.latent.shape[-2] * self.decoder.scale
+
+    @property
+    def width(self) -> int:
+        return self.latent.shape[-1] * self.decoder.scale
+
+    def plan(self) -> Grid:
+        """Loads the VAE and picks tiles that fit the budget and the free memory."""
+        return plan_tiles(self.vae, self.cost, self.decoder.feature_channels, self.budget)
+
+    def feature_bytes(self, grid: Grid) -> int:
+        """Bytes that a store holds: every tile's features with their halo."""
+        areas = sum(self.cost.regions(tile)[0].area for tile in grid.tiles)
+        size = self.decoder.feature_channels * self.vae.vae_dtype.itemsize
+        return areas * self.latent.shape[2] * size
+
+    def blocks(self, grid: Grid, new_store: Callable[[], Store] = MemoryStore) -> Iterator[Block]:
+        """Decodes everything, tile by tile and within a tile frame by frame.
+
+        `new_store` makes the store for the whole-frame features of one batch item.
+        """
+        chunks = self.decoder.chunks(self.latent.shape[2])
+        advance = host.progress_bar(self.latent.shape[0] * len(chunks) * (len(grid.tiles) + 1))
+        for item in range(self.latent.shape[0]):
+            store = new_store()
+            try:
+                features = _Features(self, item, grid, store, advance)
+                for block in self._item_blocks(features, grid, advance):
+                    start = item * self.frames_per_item + block.start
+                    yield Block(block.box, start, block.pixels, block.completes)
+            finally:
+                store.close()
+
+    def _item_blocks(
+        self, features: "_Features", grid: Grid, advance: Callable[[int], None]
+    ) -> Iterator[Block]:
+        if len(grid.tiles) > 1:
+            features.compute_all()
+        waiting = [(tile, tile) for tile in reversed(grid.tiles)]
+        while waiting:
+            stored, tile = waiting.pop()
+            try:
+                yield from self._tile_blocks(features, stored, tile, not waiting, advance)
+            except Exception as error:
+                if not host.is_out_of_memory(error) or max(tile.rows.size, tile.cols.size) < 2:
+                    raise
+                waiting += [(stored, half) for half in reversed(tile.halves())]
+            else:
+                continue
+            # Outside the handler, where the error no longer holds on to the tile's tensors.
+            host.empty_cache()
+
+    def _tile_blocks(
+        self,
+        features: "_Features",
+        stored: Box,
+        tile: Box,
+        last: bool,
+        advance: Callable[[int], None],
+    ) -> Iterator[Block]:
+        regions = self.cost.regions(tile)
+        cache = self.decoder.cache(self.latent.shape[2])
+        box = tile.scaled(self.decoder.scale)
+        start = 0
+        for number in range(len(features.chunks)):
+            host.raise_if_cancelled()
+            x = features.read(number, stored, regions[0])
+            pixels = self._tile_pixels(x, cache, regions, number == 0)
+            del x
+            yield Block(box, start, pixels, last)
+            start += pixels.shape[1]
+            advance(1)
+
+    @torch.inference_mode()
+    def _tile_pixels(self, x: Tensor, cache: Cache, regions: list[Box], first: bool) -> Tensor:
+        with host.device_context(self.vae):
+            return self.decoder.pixels(x, cache, regions, first)[0]
+
+    def images(self, block: Block) -> Tensor:
+        """A block's frames as the core makes images of them: [t, height, width, 3] in [0, 1]."""
+        vae = self.vae
+        out = block.pixels.to(device=vae.output_device, dtype=vae.vae_output_dtype(), copy=True)
+        return vae.process_output(out).movedim(0, -1)
+
+
+class _Features:
+    """The whole-frame stage of one batch item, computed once and kept per tile."""
+
+    def __init__(
+        self,
+        tiled: TiledDecoder,
+        item: int,
+        grid: Grid,
+        store: Store,
+        advance: Callable[[int], None],
+    ) -> None:
+        self._tiled = tiled
+        self._latent = tiled.latent[item : item + 1]
+        self._regions = {tile: tiled.cost.regions(tile)[0] for tile in grid.tiles}
+        self._store = store
+        self._numbers: list[dict[Box, int]] = []
+        self._advance = advance
+        self.chunks = tiled.decoder.chunks(self._latent.shape[2])
+        self._cache = tiled.decoder.cache(self._latent.shape[2])
+
+    def compute_all(self) -> None:
+        """Computes what is missing and frees the stage's caches."""
+        while len(self._numbers) < len(self.chunks):
+            self._compute_next()
+
+    @torch.inference_mode()
+    def _compute_next(self) -> None:
+        host.raise_if_cancelled()
+        tiled, vae = self._tiled, self._tiled.vae
+        chunk = self._latent[:, :, self.chunks[len(self._numbers)]]
+        with host.device_context(vae):
+            latent = chunk.to(device=vae.device, dtype=vae.vae_dtype)
+            whole = tiled.decoder.features(latent, self._cache)
+        numbers = {}
+        for tile, region in self._regions.items():
+            rows, cols = slice(*_ends(region.rows)), slice(*_ends(region.cols))
+            numbers[tile] = self._store.append(whole[..., rows, cols])
+        self._numbers.append(numbers)
+        if len(self._numbers) == len(self.chunks):
+            self._cache = None
+        self._advance(1)
+
+    def read(self, number: int, tile: Box, region: Box) -> Tensor:
+        """Features [1, D, t, h, w] of chunk `number` in `region`, part of what `tile` needs."""
+        while len(self._numbers) <= number:
+            self._compute_next()
+        rows, cols = region.within(self._regions[tile])
+        stored = self._store.read(self._numbers[number][tile])
+        return stored[..., rows, cols].to(self._tiled.vae.device)
+
+
+def _ends(span: Any) -> tuple[int, int]:
+    return span.start, span.stop
+
+
+def plan_tiles(vae: Any, cost: CostModel, feature_channels: int, budget: str) -> Grid:
+    """Loads the VAE and picks tiles that fit the budget and the free memory."""
+    positions = cost.latent_height * cost.latent_width
+    whole_frames = WHOLE_FRAME_LIVE * feature_channels * positions * cost.element_bytes
+    limit = parse_budget(budget)
+    if limit is None:
+        grid = frugal_grid(cost, int(MEMORY_SHARE * host.reachable_vae_memory(vae)))
+    else:
+        grid = grid_within(cost, limit)
+    host.load_vae_weights(vae, max(cost.peak_bytes(grid), whole_frames))
+    free = int(MEMORY_SHARE * host.free_vae_memory(vae))
+    return grid if cost.peak_bytes(grid) <= free else grid_within(cost, free)
+
+
+def decode_images(vae: Any, latent: Tensor, budget: str = AUTO) -> Tensor:
+    """All frames of a latent video [batch, C, T, h, w] as images [frames, height, width, 3].
+
+    Equal to the VAE's own untiled decode, batch items one after the other.
+    """
+    tiled = TiledDecoder(vae, latent, budget)
+    shape = (tiled.frames, tiled.height, tiled.width, tiled.decoder.out_channels)
+    images = torch.empty(shape, device=vae.output_device, dtype=vae.vae_output_dtype())
+    for block in tiled.blocks(tiled.plan()):
+        frames = tiled.images(block)
+        rows, cols = slice(*_ends(block.box.rows)), slice(*_ends(block.box.cols))
+        images[block.start : block.start + len(frames), rows, cols] = frames
+    return images

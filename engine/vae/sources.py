@@ -1,0 +1,131 @@
+"""Where the frames of a clip come from: tensors, files, or one image and grey."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .. import host
+
+FILE_BATCH = 16
+
+
+class FrameSource(Protocol):
+    """Frames that can be read from the start as often as needed."""
+
+    @property
+    def frames(self) -> int:
+        """How many frames there are; an estimate for files, used for progress only."""
+        ...
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        ...
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether all frames are in memory anyway."""
+        ...
+
+    def batches(self) -> Iterator[Tensor]:
+        """All frames in order, a few at a time: [n, height, width, channels] in [0, 1]."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFrames:
+    """An image batch [frames, height, width, channels]."""
+
+    images: Tensor
+    in_memory: bool = True
+
+    @property
+    def frames(self) -> int:
+        return self.images.shape[0]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.images.shape[1], self.images.shape[2]
+
+    def batches(self) -> Iterator[Tensor]:
+        yield self.images
+
+
+@dataclass(frozen=True, eq=False)
+class FileFrames:
+    """A video file, decoded anew at every reading, a few frames at a time."""
+
+    video: Any
+    in_memory: bool = False
+
+    @property
+    def frames(self) -> int:
+        return self.video.get_frame_count()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        width, height = self.video.get_dimensions()
+        return height, width
+
+    def batches(self) -> Iterator[Tensor]:
+        yield from host.video_batches(self.video, FILE_BATCH)
+
+
+@dataclass(frozen=True, eq=False)
+class GreyAfter:
+    """`images` first, then grey up to `frames` frames; the grey takes no memory."""
+
+    images: Tensor
+    frames: int
+    in_memory: bool = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.images.shape[1], self.images.shape[2]
+
+    def batches(self) -> Iterator[Tensor]:
+        yield self.images
+        rest = self.frames - self.images.shape[0]
+        if rest > 0:
+            grey = torch.full((1, 1, 1, 1), 0.5).to(self.images)
+            yield grey.expand(rest, *self.images.shape[1:])
+
+
+def frame_source(pixels: Any) -> FrameSource:
+    """The source for an image batch or a VIDEO.
+
+    Raises:
+        ValueError: the image batch has no frames.
+    """
+    if isinstance(pixels, host.VideoFromFile):
+        return FileFrames(pixels)
+    images = pixels if isinstance(pixels, Tensor) else pixels.get_components().images
+    if images.shape[0] == 0:
+        raise ValueError("There are no frames to encode: connect images or a video that has some.")
+    return ImageFrames(images)
+
+
+def latent_groups(batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
+    """The frames of one latent frame after another, and whether they are the last.
+
+    The first group has one frame, every other four; an incomplete last group is dropped.
+    """
+    groups = _groups(batches)
+    held = next(groups, None)
+    while held is not None:
+        following = next(groups, None)
+        yield held, following is None
+        held = following
+
+
+def _groups(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    size, left = 1, None
+    for batch in batches:
+        waiting = batch if left is None or len(left) == 0 else torch.cat([left, batch])
+        while len(waiting) >= size:
+            yield waiting[:size]
+            waiting, size = waiting[size:], 4
+        left = waiting

@@ -1,0 +1,238 @@
+"""Whole sampling runs with ComfyUI's own sampler: caches, cancelling, noise, memory."""
+
+import gc
+import weakref
+
+import comfy.model_management
+import comfy.sample
+import pytest
+import torch
+from atlasvid.engine import guide, host, progress
+from atlasvid.engine.detail import apply_detail_branch
+from atlasvid.engine.grid import Grid
+from atlasvid.engine.run import SamplingRun
+from wan import plan_of, rand, relative_error, small_wan
+
+PLAN = plan_of((5, 16, 16), (2, 8, 8))
+
+
+@pytest.fixture(scope="module")
+def wan():
+    return small_wan()
+
+
+@pytest.fixture
+def evaluations(monkeypatch):
+    """Counts evaluations of the guide stream."""
+    seen = []
+    stock = guide.GuideStream._evaluate
+
+    def counted(self):
+        seen.append(self)
+        return stock(self)
+
+    monkeypatch.setattr(guide.GuideStream, "_evaluate", counted)
+    return seen
+
+
+def branch(wan, guide_noise="clean", **kwargs):
+    proxy = rand(1, 16, 2, 8, 8, seed=3)
+    return apply_detail_branch(wan, PLAN, proxy, Grid(2, 4, 4), guide_noise, **kwargs)
+
+
+def sample(model, steps=3, cfg=5.0, seed=7, latent=None, sampler="euler"):
+    latent = torch.zeros(1, 16, 5, 16, 16) if latent is None else latent
+    noise = comfy.sample.prepare_noise(latent, seed)
+    positive, negative = [[rand(1, 16, 4096, seed=1), {}]], [[rand(1, 16, 4096, seed=2), {}]]
+    with torch.inference_mode():
+        return comfy.sample.sample(
+            model,
+            noise,
+            steps,
+            cfg,
+            sampler,
+            "simple",
+            positive,
+            negative,
+            latent,
+            seed=seed,
+            disable_pbar=True,
+        )
+
+
+def test_a_clean_guide_is_evaluated_once_for_all_steps(wan, evaluations):
+    kept = sample(branch(wan), steps=4)
+    once = len(evaluations)
+    assert once in (1, 2), "once per conditioning, or once for both together"
+    evaluations.clear()
+    sample(branch(wan), steps=8)
+    assert len(evaluations) == once
+    evaluations.clear()
+    sample(branch(wan, "matched"), steps=4)
+    assert len(evaluations) == 4 * once
+    evaluations.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host, "has_scheduled_weights", lambda model: True)
+        recomputed = sample(branch(wan), steps=4)
+    assert len(evaluations) == 4 * once
+    assert torch.equal(kept, recomputed), "a cache must not change the result"
+
+
+@pytest.mark.parametrize("overlap", ["shifted", "sliding"])
+def test_tokens_in_host_memory_give_the_same_result(wan, overlap, monkeypatch):
+    from atlasvid.engine import tokens
+
+    made = []
+    stock = tokens.HostTokens.__init__
+
+    def counted(self, *args):
+        made.append(self)
+        stock(self, *args)
+
+    monkeypatch.setattr(tokens.HostTokens, "__init__", counted)
+    free = sample(branch(wan, overlap=overlap))
+    assert not made
+    scarce = sample(branch(wan, overlap=overlap, memory_budget="0.001 GB"))
+    assert made
+    assert relative_error(scarce, free) < 1e-5
+
+
+def test_a_run_frees_what_it_held(wan, monkeypatch):
+    runs, held = [], []
+    stock = SamplingRun.__init__
+
+    def recorded(self, *args, **kwargs):
+        stock(self, *args, **kwargs)
+        runs.append(weakref.ref(self))
+
+    monkeypatch.setattr(SamplingRun, "__init__", recorded)
+
+    def peek(denoised):
+        run = runs[-1]()
+        held.extend(weakref.ref(k) for pairs in run.guide_keys.values() for k, _ in pairs)
+        return denoised["denoised"]
+
+    patched = branch(wan)
+    patched.set_model_sampler_post_cfg_function(peek)
+    sample(patched)
+    gc.collect()
+    assert held
+    assert all(ref() is None for ref in held + runs)
+
+
+def test_a_run_that_fails_frees_what_it_held(wan, monkeypatch):
+    runs = []
+    stock = SamplingRun.__init__
+
+    def recorded(self, *args, **kwargs):
+        stock(self, *args, **kwargs)
+        runs.append(self)
+
+    monkeypatch.setattr(SamplingRun, "__init__", recorded)
+
+    def fail(args):
+        assert runs[-1].guide_keys
+        raise RuntimeError("another node broke")
+
+    patched = branch(wan)
+    patched.set_model_sampler_post_cfg_function(fail)
+    with pytest.raises(RuntimeError, match="another node broke"):
+        sample(patched)
+    assert not runs[-1].guide_keys
+    assert sample(branch(wan)).isfinite().all()
+
+
+def test_cancel_leaves_within_a_step(wan, monkeypatch):
+    calls = []
+    stock = host.attention
+
+    def cancelling(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            comfy.model_management.interrupt_current_processing()
+        return stock(*args)
+
+    monkeypatch.setattr(host, "attention", cancelling)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        sample(branch(wan))
+    assert len(calls) <= 6, "the next chunk must not begin"
+
+
+def test_the_guide_noise_is_the_samplers_own(wan):
+    """One fixed noise per seed, and the global generator stays where it was."""
+    seen = []
+    stock = SamplingRun.noise_like
+
+    def recorded(self, latent):
+        seen.append(stock(self, latent))
+        return seen[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SamplingRun, "noise_like", recorded)
+        sample(branch(wan, "matched"), seed=11)
+    assert all(noise is seen[0] for noise in seen)
+    assert torch.equal(seen[0], comfy.sample.prepare_noise(torch.zeros(1, 16, 2, 8, 8), 11))
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    host.seeded_noise(torch.zeros(1, 16, 2, 8, 8), 11)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_nan_in_the_start_latent_is_refused(wan):
+    latent = torch.full((1, 16, 5, 16, 16), float("nan"))
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        sample(branch(wan), latent=latent)
+
+
+def test_the_stock_model_samples_as_before(wan):
+    before = sample(wan)
+    sample(branch(wan))
+    assert torch.equal(before, sample(wan))
+
+
+def test_outside_its_part_of_the_sampling_the_stock_forward_runs(wan):
+    assert torch.equal(sample(branch(wan, start_percent=1.0, end_percent=1.0)), sample(wan))
+    halfway = sample(branch(wan, end_percent=0.5))
+    assert relative_error(halfway, sample(wan)) > 1e-3
+    assert relative_error(halfway, sample(branch(wan))) > 1e-3
+
+
+def test_weights_are_loaded_beside_what_the_forward_needs(wan, monkeypatch):
+    asked = []
+    stock = comfy.model_management.load_models_gpu
+
+    def recorded(models, memory_required=0, **kwargs):
+        asked.append(memory_required)
+        return stock(models, memory_required=memory_required, **kwargs)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", recorded)
+    sample(wan, steps=1)
+    sample(branch(wan, memory_budget="0.5 GB"), steps=1)
+    stock_estimate, ours = asked
+    assert ours <= 0.5 * 2**30 * 1.01
+    assert ours != stock_estimate
+
+
+def test_progress_knows_steps_and_time(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    said = []
+    monkeypatch.setattr(host, "show_progress", said.append)
+    report = progress.RunProgress(steps=4, blocks=10)
+    for sigma in (1.0, 0.75, 0.5):
+        for _ in range(2):  # positive and negative
+            report.begin_forward(sigma)
+            for block in range(10):
+                report.at_block(block, "detail")
+                clock[0] += 1.0
+    assert "detail, step 3/4, block 10/10" in said[-1]
+    assert report.fraction(10) == pytest.approx(0.75)
+    assert said[-1].endswith("about 21 s left")
+    assert "left" not in said[0]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(42.3, "42 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")]
+)
+def test_durations(seconds, text):
+    assert progress.duration(seconds) == text
