@@ -588,3 +588,12 @@ def preview_bar(total: int, size: int) -> Callable[[int, Any], None]:
         bar.update_absolute(done, total, picture and ("PNG", picture, size))
 
     return show
+
+
+def load_wan_files(model: Any, text_encoder: Any, vae: Any) -> tuple[Any, Any, Any]:
+    """MODEL, CLIP and VAE from the paths of their files, through the stock loaders."""
+    return (
+        comfy.sd.load_diffusion_model(str(model)),
+        comfy.sd.load_clip([str(text_encoder)], clip_type=comfy.sd.CLIPType.WAN),
+        comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(vae))),
+    )

@@ -12,7 +12,7 @@ from .. import host
 from ..plan import Plan
 from .cache import CUTS_PER_CLIP, Dataset, LatentCache
 from .clips import Clip
-from .trainer import Cards, Trainer, TrainResult, TrainSettings, require_trainable
+from .trainer import ONE_CARD, Cards, Trainer, TrainResult, TrainSettings, require_trainable
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,16 @@ class Job:
         """Shared by all runs."""
         return self.work / "latents"
 
-    def require_own_name(self, resume: bool) -> None:
+    def require_own_name(self) -> None:
         """Refuse to replace a LoRA that no run of this name has made.
 
         Raises:
             ValueError: names the file.
         """
-        if self.path.exists() and not (resume and (self.run_folder / "state.safetensors").exists()):
+        if self.path.exists() and not (self.run_folder / "state.safetensors").exists():
             raise ValueError(
-                f"{self.path} exists and would be replaced. Choose another name, delete it, or "
-                "turn resume on if a run of this name was stopped."
+                f"{self.path} exists and is of no run in {self.run_folder}. Choose another name, "
+                "or move it away."
             )
 
 
@@ -82,14 +82,14 @@ def train(
     clips: Sequence[Clip],
     resume: bool = True,
     cuts_per_clip: int = CUTS_PER_CLIP,
-    cards: Cards = Cards(),
+    cards: Cards = ONE_CARD,
     on_clip: Callable[[int, int, str], None] = lambda done, total, name: None,
     on_step: Callable[[int, list[float]], None] = lambda step, losses: None,
 ) -> tuple[TrainResult, Dataset]:
     """Encode what is not cached yet, then train.
 
     Args:
-        resume: go on from the state of an earlier run of the same name.
+        resume: go on from the state of an earlier run of the same name; else it is replaced.
         on_clip: called with clips done, clips in all and the next one's name.
         on_step: called with the step and all losses.
 
@@ -97,7 +97,7 @@ def train(
         ValueError: nothing to train on, or settings that do not fit; says what to change.
         RuntimeError: a file cannot be written, or a package is missing.
     """
-    job.require_own_name(resume)
+    job.require_own_name()
     require_trainable(model, plan, settings)
     cache = LatentCache(job.cache_folder, plan, settings.stage, vae, text_encoder)
     if cards.index:  # the first process encodes, the others find it done

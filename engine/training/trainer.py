@@ -110,6 +110,9 @@ class Cards:
             self.accelerator.wait_for_everyone()
 
 
+ONE_CARD = Cards()
+
+
 def make_optimizer(name: str, weights: list[Any], rate: float) -> torch.optim.Optimizer:
     """An optimizer over the adapters' weights.
 
@@ -173,7 +176,7 @@ class Trainer:
         settings: TrainSettings,
         path: Path,
         folder: Path,
-        cards: Cards = Cards(),
+        cards: Cards = ONE_CARD,
     ):
         require_trainable(model, plan, settings)
         wan = model.model.diffusion_model
@@ -230,7 +233,12 @@ class Trainer:
             ValueError: the saved state is of another run, or the loss is not finite.
             RuntimeError: a file cannot be written; the last one written stays.
         """
-        resumed_at = self.resume(dataset) if resume else 0
+        with torch.inference_mode(False):  # what is made in it could not be trained on
+            resumed_at = self.resume(dataset) if resume else 0
+            self._run(dataset, on_step)
+        return TrainResult(self.path, self.curve_path, tuple(self.losses), resumed_at)
+
+    def _run(self, dataset: Dataset, on_step: Callable[[int, list[float]], None]) -> None:
         saved_at = self.step
         try:
             with host.training():
@@ -249,7 +257,6 @@ class Trainer:
             raise
         if self.step > saved_at or not self.path.exists():
             self.save(dataset)
-        return TrainResult(self.path, self.curve_path, tuple(self.losses), resumed_at)
 
     def learn(self, dataset: Dataset) -> float:
         """One optimizer step; returns its loss.
@@ -282,8 +289,11 @@ class Trainer:
 
     def loss(self, dataset: Dataset, part: int) -> Tensor:
         """The flow-matching loss of one sample of this step."""
-        settings, place = self.settings, (self.step, part, self.cards.index)
-        generator = step_generator(settings.seed, *place)
+        settings = self.settings
+        # Numbered through all processes: two cards learn what one learns that accumulates two.
+        generator = step_generator(
+            settings.seed, self.step, part * self.cards.count + self.cards.index
+        )
         sample = dataset.sample(self.sample_index(len(dataset.files), part))
         uniform = torch.rand(2, generator=generator).tolist()
         text = sample.text
@@ -377,8 +387,7 @@ class Trainer:
         state = TrainingState.load(self.state_path)
         state.require_same(self.identity(dataset), self.state_path)
         self.adapters.load(state.adapters)
-        with torch.inference_mode(False):
-            self.optimizer.load_state_dict(dict(state.optimizer))
+        self.optimizer.load_state_dict(dict(state.optimizer))
         self.step, self.losses = state.step, list(state.losses)
         return self.step
 
