@@ -39,10 +39,14 @@ class BlockTask:
 
     def read(self, index: Tensor) -> tuple[Tensor, blocks.Modulation]:
         """Tokens [1, n, C] at raster indices [n], and their modulation."""
-        frames = (
-            index // (self.grid.height * self.grid.width) if self.modulation.per_frame else None
-        )
-        return self.tokens.read(index)[None], self.modulation.of_tokens(frames)
+        return self.tokens.read(index)[None], self.modulation_of(index)
+
+    def modulation_of(self, index: Tensor) -> blocks.Modulation:
+        """The modulation of tokens at raster indices [n]."""
+        if not self.modulation.per_frame:
+            return self.modulation
+        frames = index // (self.grid.height * self.grid.width)
+        return self.modulation.of_tokens(frames.to(self.device))
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, size: Grid, guide: tuple[Tensor, Tensor] | None

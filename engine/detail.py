@@ -13,6 +13,7 @@ from .attention import override_for
 from .forward import DetailForward, workload
 from .grid import Grid
 from .latents import require_proxy
+from .lora import GuideLora
 from .memory import AUTO, parse_budget, wanted_bytes
 from .plan import Plan
 from .run import KEY, open_run, run_of
@@ -31,6 +32,7 @@ def apply_detail_branch(
     memory_budget: str = AUTO,
     attention: str = AUTO,
     keep_blocks: int = 0,
+    guide_lora: GuideLora | None = None,
 ) -> Any:
     """A clone of `model` that samples the plan's target with the detail branch.
 
@@ -44,10 +46,11 @@ def apply_detail_branch(
         memory_budget: device memory beside the weights: `auto` or a size such as `4 GB`.
         attention: kernel, see `engine.attention`.
         keep_blocks: blocks of 128 keys that a window reads, 0 for all (FlashVSR's sparsity).
+        guide_lora: acts on the guide's tokens only.
 
     Raises:
-        ValueError: unsupported model, another latent space than the plan's, or a proxy that does
-            not match the plan.
+        ValueError: unsupported model, another latent space than the plan's, or a proxy or a guide
+            LoRA that does not match the plan or the model.
     """
     space = host.latent_space(model)
     if space != plan.space:
@@ -65,6 +68,11 @@ def apply_detail_branch(
     if proxy is not None:
         require_proxy(proxy, plan)
         proxy = host.process_latent_in(model, proxy.cpu().float())
+    if guide_lora is not None:
+        if proxy is None:
+            raise ValueError("A guide LoRA acts on the guide: connect the sampled proxy too.")
+        guide_lora.changes_of(model.model.diffusion_model)
+        guide_lora.warn_of_mismatch(plan.temporal_stride, window, guide_noise)
     override_for(attention, model.load_device)  # a kernel that is not installed is refused here
     settings = DetailSettings(
         plan=plan,
@@ -77,6 +85,7 @@ def apply_detail_branch(
         budget=parse_budget(memory_budget),
         attention=attention,
         keep_blocks=keep_blocks,
+        guide_lora=guide_lora,
     )
 
     @torch.compiler.disable  # the stock compile node would trace our loops, window by window

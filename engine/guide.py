@@ -37,7 +37,9 @@ class GuideStream:
         timestep: Tensor,
         text: blocks.Text,
     ):
-        self.model = model
+        lora = settings.guide_lora
+        self.base = model
+        self.model = model if lora is None else lora.view(model)
         self.settings = settings
         self.run = run
         self.options = options
@@ -54,7 +56,7 @@ class GuideStream:
         With `clean` noise they are computed in the run's first step and kept for its other steps,
         where the memory plan has room for them.
         """
-        key = (id(self.model), id(self.settings), *self.options.get("uuids", ()))
+        key = (id(self.base), id(self.settings), *self.options.get("uuids", ()))
         kept = self.run.guide_keys.get(key)
         device = self.x.device
         if kept is not None:

@@ -37,6 +37,7 @@ from comfy_api.latest import Input, InputImpl, Types
 from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
+log = logging.getLogger("atlasvid")
 Wrappers = comfy.patcher_extension.WrappersMP
 
 SUPPORTED_MODELS = "Wan 2.1 T2V, Wan 2.1 I2V, Wan 2.2 A14B (high and low noise), Wan 2.2 TI2V-5B"
@@ -514,3 +515,138 @@ def model_file(name: str) -> Path | None:
         if found := folder_paths.get_full_path(folder, name):
             return Path(found)
     return None
+
+
+# --- LoRAs -----------------------------------------------------------------------------------
+
+
+def lora_names() -> list[str]:
+    """The files in ComfyUI's loras folders."""
+    return folder_paths.get_filename_list("loras")
+
+
+def lora_path(name: str) -> str:
+    """The path of a file in ComfyUI's loras folders.
+
+    Raises:
+        FileNotFoundError: there is none of that name.
+    """
+    return folder_paths.get_full_path_or_raise("loras", name)
+
+
+# --- Training -------------------------------------------------------------------------------
+
+
+@contextmanager
+def training() -> Iterator[None]:
+    """Autograd on, ComfyUI's differentiable paths on, whatever mode the caller runs in."""
+    before = comfy.model_management.in_training
+    comfy.model_management.in_training = True
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        comfy.model_management.in_training = before
+
+
+def differentiable_attention(_: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """PyTorch's attention in place of the one that the start flags chose (an override)."""
+    return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
+
+
+@contextmanager
+def weights(module: Any, like: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """A layer's weight and bias as `like`, dequantised; they may be gone after the block."""
+    weight, bias, offloaded = comfy.ops.cast_bias_weight(module, like, offloadable=True)
+    quantised = getattr(comfy.ops, "QuantizedTensor", None)
+    try:
+        if quantised is not None and isinstance(weight, quantised):
+            yield weight.dequantize().to(like.dtype), bias
+        else:
+            yield weight, bias
+    finally:
+        comfy.ops.uncast_bias_weight(module, weight, bias, offloaded)
+
+
+def linear_input_gradient(linear: Any, gradient: Tensor) -> Tensor:
+    """The gradient of a linear layer's input from that of its output [..., out] -> [..., in].
+
+    A layer of another pack (GGUF) that keeps its weight in its own way is run once more instead.
+    """
+    if type(linear).forward.__module__ == "comfy.ops":
+        with weights(linear, gradient) as (weight, _):
+            return gradient @ weight
+    with torch.enable_grad():
+        shape = (*gradient.shape[:-1], linear.in_features)
+        x = torch.zeros(shape, dtype=gradient.dtype, device=gradient.device, requires_grad=True)
+        return torch.autograd.grad(linear(x), x, gradient)[0]
+
+
+def load_for_training(model: Any, dtype: torch.dtype, activation_bytes: int) -> Any:
+    """A clone of `model` that computes in `dtype`, on its device with its LoRAs applied.
+
+    Args:
+        activation_bytes: device memory to leave free; what weights do not fit are offloaded.
+    """
+    clone = model.clone()
+    clone.set_model_compute_dtype(dtype)
+    comfy.model_management.load_models_gpu([clone], memory_required=activation_bytes)
+    return clone
+
+
+def load_device(model: Any) -> torch.device:
+    """Where a model computes."""
+    return model.load_device
+
+
+def encode_frames(vae: Any, pixels: Tensor) -> Tensor:
+    """Frames [N, H, W, 3] in 0 to 1 -> ComfyUI latent [1, C, T, H', W'], float32 on the CPU."""
+    return vae.encode(pixels).float().cpu()
+
+
+def encode_text(clip: Any, text: str) -> Tensor:
+    """A prompt as Wan's cross-attention reads it: [1, L, C], float32 on the CPU."""
+    return clip.encode_from_tokens_scheduled(clip.tokenize(text))[0][0].float().cpu()
+
+
+def vae_state(vae: Any) -> dict[str, Tensor]:
+    """The weights of a VAE."""
+    return vae.first_stage_model.state_dict()
+
+
+def output_folder() -> str:
+    """ComfyUI's output folder."""
+    return folder_paths.get_output_directory()
+
+
+def input_folder() -> str:
+    """ComfyUI's input folder."""
+    return folder_paths.get_input_directory()
+
+
+def lora_folder() -> str:
+    """The first of ComfyUI's loras folders, where a new LoRA is saved."""
+    return folder_paths.get_folder_paths("loras")[0]
+
+
+def preview_bar(total: int, size: int) -> Callable[[int, Any], None]:
+    """A node's progress bar that can show a picture; call it with steps done and PIL or None.
+
+    Args:
+        size: longest side of the picture in pixels.
+    """
+    bar = comfy.utils.ProgressBar(total)
+
+    def show(done: int, picture: Any) -> None:
+        bar.update_absolute(done, total, picture and ("PNG", picture, size))
+
+    return show
+
+
+def load_wan_files(model: Any, text_encoder: Any, vae: Any) -> tuple[Any, Any, Any]:
+    """MODEL, CLIP and VAE from the paths of their files, through the stock loaders."""
+    return (
+        comfy.sd.load_diffusion_model(str(model)),
+        comfy.sd.load_clip([str(text_encoder)], clip_type=comfy.sd.CLIPType.WAN),
+        comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(vae))),
+    )

@@ -53,7 +53,9 @@ class ShiftedAttention:
     def evaluate(self, task: BlockTask, index: int) -> None:
         for group in self.groups(index % 2, task.device, task.tokens.index_device):
             at_a_time = max(1, task.chunk // group.size.count)
-            host.in_chunks(len(group.tokens), at_a_time, partial(self._evaluate, task, group))
+            host.in_chunks(
+                len(group.tokens), at_a_time, partial(self.evaluate_windows, task, group)
+            )
 
     def groups(
         self, parity: int, device: torch.device, index_device: torch.device
@@ -83,7 +85,7 @@ class ShiftedAttention:
         tokens = flat_index(self.windows.grid, starts_of(boxes, index_device), size)
         return WindowGroup(size, tokens, self.rope.box(size, device), guide, tables)
 
-    def _evaluate(self, task: BlockTask, group: WindowGroup, start: int, stop: int) -> None:
+    def evaluate_windows(self, task: BlockTask, group: WindowGroup, start: int, stop: int) -> None:
         """Windows start to stop of a group."""
         index = group.tokens[start:stop].flatten()
         x, modulation = task.read(index)

@@ -10,9 +10,11 @@ from .detail import (
     AtlasVidStructureGuidance,
 )
 from .encode import AtlasVidEncode, AtlasVidImageToVideo
+from .lora import AtlasVidGuideLoRA
 from .plan import AtlasVidPlan
 from .rope import AtlasVidRoPE
 from .tiny import AtlasVidTinyModels
+from .train import AtlasVidTrainLoRA
 
 NODES: list[type[io.ComfyNode]] = [
     AtlasVidPlan,
@@ -20,6 +22,8 @@ NODES: list[type[io.ComfyNode]] = [
     AtlasVidDetailLatent,
     AtlasVidHierarchicalAttention,
     AtlasVidStructureGuidance,
+    AtlasVidGuideLoRA,
+    AtlasVidTrainLoRA,
     AtlasVidTinyModels,
     AtlasVidDecode,
     AtlasVidDecodeToVideo,
