@@ -15,6 +15,7 @@ from pathlib import Path
 
 SUBCOMMANDS = {
     "attention": "a forward against the stock one, its floor, and its growth over tokens",
+    "decode": "the decode against the untiled and the stock tiled one",
 }
 
 
