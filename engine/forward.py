@@ -7,6 +7,7 @@ device or in host memory; nothing else has the grid's length.
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class DetailForward:
         self.run = run
         self.options = dict(options)
         self.plan = settings.plan
-        self.attention = run.attention_of(settings, self._attention)
+        self.attention = run.once(("attention", id(settings)), self._attention)
 
     def __call__(
         self, x: Tensor, timestep: Tensor, context: Tensor, clip_fea: Tensor | None
@@ -74,7 +75,7 @@ class DetailForward:
             "Start the detail sampler from the AtlasVid Detail Latent of the same plan.",
         )
         self._set_options(x)
-        memory = self._plan_memory(x)
+        memory = self.run.once(("memory", id(self.settings), len(x)), lambda: self._plan_memory(x))
         e, e0 = host.time_embedding(self.model, timestep, x.dtype)
         text = self._text(context, clip_fea)
         with ExitStack() as stack:
@@ -108,7 +109,10 @@ class DetailForward:
             self.options.setdefault("optimized_attention_override", override)
 
     def _plan_memory(self, x: Tensor) -> MemoryPlan:
+        """Decided in a run's first forward, before what it keeps is counted as taken."""
         work = workload(self.settings, self.model, len(x), x.element_size(), self.run.keep_guide)
+        if len(self.options.get("cond_or_uncond", ())) == 1:  # the other one keeps a guide too
+            work = replace(work, conditionings=2)
         free = host.free_memory(x.device)
         if self.settings.budget is not None:
             free = min(free, self.settings.budget)
@@ -126,10 +130,12 @@ class DetailForward:
         if memory.tokens_on_device or patched:  # other nodes' patches want one tensor
             whole = x.new_empty((batch, count, dim))
             return [DeviceTokens(item) for item in whole], whole
-        stores = [HostTokens(count, dim, x.dtype, x.device) for _ in range(batch)]
-        for store in stores:
+        stores: list[Tokens] = []
+        for _ in range(batch):
+            store = HostTokens(count, dim, x.dtype, x.device)
             stack.callback(store.close)
-        return list(stores), None
+            stores.append(store)
+        return stores, None
 
     def _replacements(self) -> dict:
         return self.options.get("patches_replace", {}).get("dit", {})
@@ -144,17 +150,17 @@ class DetailForward:
         progress.begin_forward(None if sigmas is None else float(sigmas.max()))
         return progress
 
-    def _frame(self, f: int, device: torch.device) -> Tensor:
+    def _frame(self, f: int, tokens: list[Tokens]) -> Tensor:
         """Raster indices of one latent frame's tokens."""
         area = self.plan.tokens.height * self.plan.tokens.width
-        return torch.arange(f * area, (f + 1) * area, device=device)
+        return torch.arange(f * area, (f + 1) * area, device=tokens[0].index_device)
 
     def _embed(self, x: Tensor, tokens: list[Tokens]) -> None:
         """Fill the tokens from the latent [B, C_in, T, H, W], frame by frame."""
         for f in range(self.plan.tokens.frames):
             frame = host.pad_to_patch(x[:, :, f : f + 1], self.plan.space.patch)
             embedded = self.model.patch_embedding(frame.float()).to(x.dtype)
-            index = self._frame(f, x.device)
+            index = self._frame(f, tokens)
             for store, values in zip(tokens, embedded.flatten(2).transpose(1, 2), strict=True):
                 store.write(index, values)
         for store in tokens:
@@ -168,7 +174,7 @@ class DetailForward:
         channels = self.model.out_dim
         out = x.new_empty((len(x), channels, *x.shape[2:]))
         for f in range(self.plan.tokens.frames):
-            index = self._frame(f, x.device)
+            index = self._frame(f, tokens)
             for item, store in enumerate(tokens):
                 rows = e[item : item + 1, f : f + 1] if e.shape[1] > 1 else e[item : item + 1]
                 patch = self.model.head(store.read(index)[None], rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import logging
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -462,6 +463,58 @@ def scale_and_crop(images: Tensor, width: int, height: int) -> Tensor:
 def set_conditioning(conditioning: Any, values: dict[str, Any]) -> Any:
     """A copy of a CONDITIONING with `values` set on every entry."""
     return node_helpers.conditioning_set_values(conditioning, values)
+
+
+# The machine and its folders.
+
+
+def compute_device() -> torch.device:
+    """The device that ComfyUI samples on."""
+    return comfy.model_management.get_torch_device()
+
+
+def cpu() -> torch.device:
+    """The device whose memory is the host's."""
+    return torch.device("cpu")
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """The dtype that ComfyUI samples a Wan model in."""
+    if device.type == "cpu":
+        return torch.float32
+    bf16 = comfy.model_management.should_use_bf16(device)
+    return torch.bfloat16 if bf16 else torch.float16
+
+
+def device_name(device: torch.device) -> str:
+    """What a device is called, to keep one machine's measurements from another's."""
+    return f"{comfy.model_management.get_torch_device_name(device)}, torch {torch.__version__}"
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory that a device has in all."""
+    return int(comfy.model_management.get_total_memory(device))
+
+
+def free_disk() -> int:
+    """Bytes free where ComfyUI writes its videos."""
+    output = Path(folder_paths.get_output_directory())
+    while not output.exists():  # ComfyUI makes it with the first file
+        output = output.parent
+    return shutil.disk_usage(output).free
+
+
+def user_folder() -> Path:
+    """Where ComfyUI keeps a user's files."""
+    return Path(folder_paths.get_user_directory())
+
+
+def model_file(name: str) -> Path | None:
+    """The file of a diffusion model as the loaders list it, or None where there is none."""
+    for folder in ("diffusion_models", "checkpoints"):
+        if found := folder_paths.get_full_path(folder, name):
+            return Path(found)
+    return None
 
 
 # --- LoRAs -----------------------------------------------------------------------------------

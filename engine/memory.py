@@ -44,6 +44,7 @@ class Workload:
         ring_tokens: tokens whose keys and values sliding windows keep, of one item.
         window_keys: keys that one window or tile reads.
         keep_guide: whether the guide's keys and values serve every step.
+        conditionings: how many of them keep a guide of their own (2 when they run one by one).
     """
 
     dim: int
@@ -55,6 +56,7 @@ class Workload:
     ring_tokens: int
     window_keys: int
     keep_guide: bool
+    conditionings: int = 1
 
     @property
     def token_bytes(self) -> int:
@@ -64,7 +66,7 @@ class Workload:
     @property
     def guide_bytes(self) -> int:
         """Keys and values of the guide in every block, where they are kept."""
-        pairs = 2 * self.layers if self.keep_guide else 2
+        pairs = 2 * self.layers * self.conditionings if self.keep_guide else 2
         return pairs * self.guide_tokens * self.dim * self.itemsize
 
     @property

@@ -31,14 +31,13 @@ class SamplingRun:
         self.guide_keys: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
         self._progress: RunProgress | None = None
         self._noise: Tensor | None = None
-        self._attention: dict[int, tuple[Any, Any]] = {}
+        self._made: dict[tuple, Any] = {}
 
-    def attention_of(self, settings: Any, make: Callable[[], T]) -> T:
-        """The run's one window attention for these settings, made at first use."""
-        kept = self._attention.get(id(settings))
-        if kept is None:
-            kept = self._attention[id(settings)] = (settings, make())
-        return kept[1]
+    def once(self, key: tuple, make: Callable[[], T]) -> T:
+        """What `make` gave the first time it was asked for under this key in this run."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def progress(self, steps: int, blocks: int) -> RunProgress:
         """The run's one progress report."""
@@ -55,7 +54,7 @@ class SamplingRun:
     def close(self) -> None:
         """Drop every tensor."""
         self.guide_keys.clear()
-        self._attention.clear()
+        self._made.clear()
         self._noise = None
 
 

@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from . import routes
 from .decode import AtlasVidDecode, AtlasVidDecodeToVideo
 from .detail import (
     AtlasVidDetailLatent,
@@ -39,4 +40,5 @@ class AtlasVidExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> AtlasVidExtension:
+    routes.register()
     return AtlasVidExtension()

@@ -16,6 +16,7 @@ from pathlib import Path
 SUBCOMMANDS = {
     "attention": "a forward against the stock one, its floor, and its growth over tokens",
     "pipeline": "proxy, detail and decode against native sampling, stage by stage",
+    "cost": "the plan's estimate of time against the clock",
 }
 
 

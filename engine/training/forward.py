@@ -121,7 +121,7 @@ class TrainedDetail(DetailForward):
         host.raise_if_cancelled()
         attention = self.attention
         assert isinstance(attention, ShiftedAttention), "only disjoint windows are trained"
-        groups = attention.groups(index % 2, tokens.device)
+        groups = attention.groups(index % 2, tokens.device, tokens.device)
         order = torch.cat([group.tokens.flatten() for group in groups])
         in_order = tokens[order]
         modulation = blocks.Modulation.of(block, e0)
