@@ -109,7 +109,7 @@ def train() -> int:
         setup = prepare(training=True)
         python, comfyui = setup.python, setup.comfyui[COMFYUI]
     cpu = options.cpu or not has_accelerator(python)
-    command = [str(python), *launcher(options.cards, cpu), str(WORKER), *sys.argv[1:]]
+    command = [str(python), *launcher(options.cards), str(WORKER), *sys.argv[1:]]
     if cpu and not options.cpu:
         command.append("--cpu")
     command += ["--output", str((options.output or loras).expanduser().resolve())]
@@ -125,14 +125,11 @@ def train() -> int:
         raise
 
 
-def launcher(cards: int, cpu: bool) -> list[str]:
-    """Python's arguments that start one process per card."""
+def launcher(cards: int) -> list[str]:
+    """Python's arguments that start one process per card; accelerate joins them."""
     if cards == 1:
         return []
-    kind = ["--cpu"] if cpu else ["--multi_gpu"]
-    plain = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    module = ["-m", "accelerate.commands.launch"]
-    return [*module, *kind, "--num_processes", str(cards), *plain]
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(cards)]
 
 
 if __name__ == "__main__":

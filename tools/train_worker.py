@@ -37,7 +37,9 @@ def one_of_many(options: Any) -> Any:
         return None
     from accelerate import Accelerator
 
-    return Accelerator(cpu=options.cpu)
+    accelerator = Accelerator(cpu=options.cpu)
+    assert accelerator.num_processes == options.cards, "start me through train.py"
+    return accelerator
 
 
 def run(options: Any, accelerator: Any, first: bool) -> None:

@@ -129,8 +129,8 @@ def test_the_wrong_output_of_a_stage_says_which_is_right(server: Server, clips: 
     )
     whole |= {name: pipeline()[name] for name in ("positive", "negative", DETAIL, "decode")}
     whole["show"] = node("PreviewImage", images=["decode", 0])
-    refused = pytest.raises(PromptFailed, match="Stage proxy makes an ordinary LoRA")
-    with Session(server) as session, refused:
+    right = "Stage proxy makes an ordinary LoRA"
+    with Session(server) as session, pytest.raises(PromptFailed, match=right):
         session.run(whole, TIMEOUT)
 
 
@@ -189,19 +189,8 @@ def command(clips: Path, out: Path, *options: str) -> subprocess.CompletedProces
     """tools/train.py as a newcomer runs it, with the ComfyUI under test as their own."""
     line = [sys.executable, str(ROOT / "tools" / "train.py"), "guide", "--clips", str(clips)]
     line += ["--python", sys.executable, "--output", str(out), "--work", str(out / "work")]
-    line += [
-        "--width",
-        "128",
-        "--height",
-        "128",
-        "--seconds",
-        "1",
-        "--proxy-short-side",
-        "128",
-        "--rank",
-        "4",
-    ]
-    line += ["--precision", "fp32", "--cpu", *options]
+    line += ["--width", "128", "--height", "128", "--seconds", "1", "--proxy-short-side", "128"]
+    line += ["--rank", "4", "--precision", "fp32", "--cpu", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
 
