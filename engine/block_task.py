@@ -33,7 +33,7 @@ class BlockTask:
     guide: tuple[Tensor, Tensor] | None
     heads: int
     options: dict
-    chunk: int
+    chunk: host.ChunkSize
     device: torch.device
     keep_blocks: int = 0
 
