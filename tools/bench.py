@@ -17,6 +17,7 @@ SUBCOMMANDS = {
     "attention": "a forward against the stock one, its floor, and its growth over tokens",
     "pipeline": "proxy, detail and decode against native sampling, stage by stage",
     "cost": "the plan's estimate of time against the clock",
+    "train": "memory and time of a training step over target tokens",
 }
 
 
