@@ -303,10 +303,11 @@ def install(cache: Path, folder: Path, layers: tuple[Layer, ...]) -> Path:
         wanted.write_text("\n".join(layer.requirements) + "\n", "utf-8")
         options = ("-r", str(wanted))
         if layer is not layers[0]:
-            options += ("-c", str(folder / f"{layers[0].name}-pins.txt"))
+            pins = folder / f"{layers[0].name}-pins.txt"  # what the first layer pinned stays
+            exact = [line for line in layers[0].requirements if "==" in line]
+            pins.write_text("\n".join(exact) + "\n", "utf-8")
+            options += ("-c", str(pins))
         pip(python, "install", *options, cache=cache)
-        pins = [line for line in layer.requirements if "==" in line]
-        (folder / f"{layer.name}-pins.txt").write_text("\n".join(pins) + "\n", "utf-8")
         marker(folder, layer).write_text("\n".join(layer.requirements) + "\n", "utf-8")
     return python_in(folder)
 
