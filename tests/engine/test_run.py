@@ -1,5 +1,6 @@
 """Whole sampling runs with ComfyUI's own sampler: caches, cancelling, noise, memory."""
 
+import ctypes
 import gc
 import weakref
 
@@ -13,6 +14,7 @@ from atlasvid.engine import guide, host, progress
 from atlasvid.engine.detail import apply_detail_branch
 from atlasvid.engine.grid import Grid
 from atlasvid.engine.run import SamplingRun
+from measure import resident_bytes
 from wan import forward as direct
 from wan import plan_of, rand, relative_error, small_wan
 
@@ -143,6 +145,41 @@ def test_a_run_that_fails_frees_what_it_held(wan, monkeypatch):
         sample(patched)
     assert not runs[-1].guide_keys
     assert sample(branch(wan)).isfinite().all()
+
+
+def test_memory_returns_to_its_level(monkeypatch):
+    """Runs, an error and a cancel in a row: the process keeps nothing of them."""
+    wan = small_wan(num_layers=2)
+    plan = plan_of((9, 48, 48), (3, 48, 48))
+    proxy = rand(1, 16, 3, 48, 48, seed=3)  # keys and values of 1,728 tokens, 14 MB per run
+
+    def run(fail=None):
+        model = apply_detail_branch(wan, plan, proxy, Grid(4, 16, 16), "clean")
+        if fail:
+            model.set_model_sampler_post_cfg_function(fail)
+        return sample(model, steps=2, latent=torch.zeros(1, 16, 9, 48, 48))
+
+    def broken(args):
+        raise RuntimeError("another node broke")
+
+    def cancelled(args):
+        comfy.model_management.interrupt_current_processing()
+        return args["denoised"]
+
+    def level():
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        return resident_bytes()
+
+    run()
+    before = level()
+    for _ in range(2):
+        run()
+        with pytest.raises(RuntimeError, match="another node broke"):
+            run(broken)
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            run(cancelled)
+    assert level() - before < 20e6
 
 
 def test_cancel_leaves_within_a_step(wan, monkeypatch):
