@@ -33,7 +33,7 @@ class BlockTask:
     guide: tuple[Tensor, Tensor] | None
     heads: int
     options: dict
-    chunk: int
+    chunk: host.ChunkSize
     device: torch.device
     keep_blocks: int = 0
 
@@ -45,7 +45,8 @@ class BlockTask:
         """The modulation of tokens at raster indices [n]."""
         if not self.modulation.per_frame:
             return self.modulation
-        return self.modulation.of_tokens(index // (self.grid.height * self.grid.width))
+        frames = index // (self.grid.height * self.grid.width)
+        return self.modulation.of_tokens(frames.to(self.device))
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, size: Grid, guide: tuple[Tensor, Tensor] | None

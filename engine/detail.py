@@ -99,6 +99,8 @@ def apply_detail_branch(
 
     def prepare(executor: Any, patcher: Any, noise_shape: Any, *args: Any, **kw: Any):
         """Load the weights beside what this forward needs, not what a full one would."""
+        if start_percent > 0 or end_percent < 1:  # some steps are full ones
+            return executor(patcher, noise_shape, *args, **kw)
         inner = patcher.model.diffusion_model
         itemsize = host.inference_itemsize(patcher)
         work = workload(settings, inner, noise_shape[0], itemsize, keep_guide=True)

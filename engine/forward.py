@@ -72,10 +72,14 @@ class DetailForward:
             self.plan.latent,
             self.plan.space.channels,
             "target",
-            "Start the detail sampler from the AtlasVid Detail Latent of the same plan.",
+            "Start the detail sampler from the AtlasVid Detail Latent of the same plan; context "
+            "windows and area conditioning, which cut the latent, cannot be used with it.",
         )
         self._set_options(x)
         memory = self.run.once(("memory", id(self.settings), len(x)), lambda: self._plan_memory(x))
+        chunk = self.run.once(
+            ("chunk", id(self.settings), len(x)), lambda: host.ChunkSize(memory.chunk)
+        )
         e, e0 = host.time_embedding(self.model, timestep, x.dtype)
         text = self._text(context, clip_fea)
         with ExitStack() as stack:
@@ -84,7 +88,15 @@ class DetailForward:
             guide = None
             if self.settings.proxy is not None:
                 guide = GuideStream(
-                    self.model, self.settings, self.run, self.options, memory, x, timestep, text
+                    self.model,
+                    self.settings,
+                    self.run,
+                    self.options,
+                    memory,
+                    chunk,
+                    x,
+                    timestep,
+                    text,
                 ).keys_of_blocks()
             progress = self._progress()
             for i in range(len(self.model.blocks)):
@@ -92,9 +104,9 @@ class DetailForward:
                 self.options["block_index"] = i
                 keys = next(guide) if guide is not None else None
                 if whole is not None and ("double_block", i) in self._replacements():
-                    whole.copy_(self._replaced(i, whole, e0, text, keys, memory.chunk))
+                    whole.copy_(self._replaced(i, whole, e0, text, keys, chunk))
                 else:
-                    self._block(i, tokens, e0, text, keys, memory.chunk)
+                    self._block(i, tokens, e0, text, keys, chunk)
                 if whole is not None:
                     self._patch(i, whole, x, e)
             return self._head(tokens, e, x)
@@ -145,9 +157,9 @@ class DetailForward:
 
     def _progress(self) -> Any:
         sigmas, schedule = self.options.get("sigmas"), self.options.get("sample_sigmas")
-        steps = 0 if schedule is None else len(schedule) - 1
-        progress = self.run.progress(steps, len(self.model.blocks))
-        progress.begin_forward(None if sigmas is None else float(sigmas.max()))
+        known = () if schedule is None else tuple(schedule.tolist())
+        progress = self.run.progress(known, len(self.model.blocks))
+        progress.begin_forward(0.0 if sigmas is None else float(sigmas.max()))
         return progress
 
     def _frame(self, f: int, tokens: list[Tokens]) -> Tensor:
@@ -198,7 +210,7 @@ class DetailForward:
         e0: Tensor,
         text: blocks.Text,
         guide_keys: tuple[Tensor, Tensor] | None,
-        chunk: int,
+        chunk: host.ChunkSize,
     ) -> Tensor:
         """A block that another node replaced, with ours as the original that it may call."""
 
@@ -240,7 +252,7 @@ class DetailForward:
         e0: Tensor,
         text: blocks.Text,
         guide_keys: tuple[Tensor, Tensor] | None,
-        chunk: int,
+        chunk: host.ChunkSize,
     ) -> None:
         """One block in place on the tokens of every video."""
         block = self.model.blocks[index]

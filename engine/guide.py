@@ -33,6 +33,7 @@ class GuideStream:
         run: SamplingRun,
         options: dict,
         memory: MemoryPlan,
+        chunk: host.ChunkSize,
         x: Tensor,
         timestep: Tensor,
         text: blocks.Text,
@@ -44,6 +45,7 @@ class GuideStream:
         self.run = run
         self.options = options
         self.memory = memory
+        self.chunk = chunk
         self.x = x
         self.timestep = timestep
         self.text = text
@@ -89,7 +91,7 @@ class GuideStream:
         freqs = self._own_positions(tokens.device)
         frame_of_token = torch.arange(grid.frames, device=tokens.device)
         frame_of_token = frame_of_token.repeat_interleave(grid.height * grid.width)
-        chunk = self.memory.chunk
+        chunk = self.chunk
         for i, block in enumerate(model.blocks):
             modulations = [
                 blocks.Modulation.of(block, item).of_tokens(frame_of_token) for item in e0

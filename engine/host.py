@@ -7,6 +7,7 @@ import inspect
 import logging
 import shutil
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -54,6 +55,16 @@ class LatentSpace:
     """Frames per latent after the first."""
     patch: tuple[int, int, int]
     """Latents per token: frames, height, width."""
+
+
+def make_innermost(options: dict, key: str) -> None:
+    """Let the forward under `key` run inside all other nodes' wrappers of the forward.
+
+    It answers in place of the stock forward, so wrappers inside of it would never be called.
+    """
+    wrappers = options.get("wrappers", {}).get(Wrappers.DIFFUSION_MODEL, {})
+    if key in wrappers:
+        wrappers[key] = wrappers.pop(key)
 
 
 def use_on_device(model: Any) -> torch.device:
@@ -114,7 +125,8 @@ def percent_to_sigma(model: Any, percent: float) -> float:
 
 def seeded_noise(latent: Tensor, seed: int) -> Tensor:
     """The stock sampler's own noise for this seed, without moving the global generator."""
-    with torch.random.fork_rng(devices=[]):
+    cards = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=cards):
         return comfy.sample.prepare_noise(latent.cpu().float(), seed)
 
 
@@ -195,6 +207,13 @@ def free_memory(device: torch.device) -> int:
     return int(comfy.model_management.get_free_memory(device))
 
 
+def release_pinned() -> None:
+    """Give pinned host memory that is no longer used back to the system."""
+    release = getattr(torch._C, "_host_emptyCache", None)
+    if release is not None and torch.cuda.is_available():
+        release()
+
+
 def empty_cache() -> None:
     """Give cached device memory back after a failed allocation."""
     gc.collect()
@@ -225,6 +244,11 @@ class Mark:
         if device.type == "cuda":
             self.event = torch.cuda.Event()
             self.event.record(torch.cuda.current_stream(device))
+
+    def wait(self) -> None:
+        """Return once the device is past the mark."""
+        if self.event is not None:
+            self.event.synchronize()
 
     @contextmanager
     def after(self) -> Iterator[None]:
@@ -271,7 +295,23 @@ def noise_shape_for(model: Any, wanted: int) -> list[int]:
     return [1, 1, max(1, int(wanted / per_area))]
 
 
-def in_chunks(total: int, size: int, compute: Callable[[int, int], None]) -> None:
+class ChunkSize:
+    """How many tokens to evaluate at a time; lowered for good when they do not fit.
+
+    Shared by all blocks and steps of a run, so that a size that failed is not tried again.
+    """
+
+    def __init__(self, tokens: int):
+        self.tokens = tokens
+
+    def items(self, tokens_per_item: int) -> int:
+        """Items (windows, tiles, tokens) to evaluate at a time."""
+        return max(1, self.tokens // tokens_per_item)
+
+
+def in_chunks(
+    total: int, chunk: ChunkSize, compute: Callable[[int, int], None], tokens_per_item: int = 1
+) -> None:
     """Call compute(start, stop) over [0, total) in chunks; halve a chunk that runs out of memory.
 
     `compute` must write its result last, so that a chunk that failed can be repeated. Cancelling
@@ -283,17 +323,32 @@ def in_chunks(total: int, size: int, compute: Callable[[int, int], None]) -> Non
     start = 0
     while start < total:
         raise_if_cancelled()
-        stop = min(start + size, total)
+        stop = min(start + chunk.items(tokens_per_item), total)
         try:
             compute(start, stop)
         except Exception as error:
             if stop - start == 1 or not is_out_of_memory(error):
                 raise
-            size = (stop - start) // 2
+            chunk.tokens = (stop - start) // 2 * tokens_per_item
             stop = start
         if stop == start:  # outside the handler, whose traceback would keep the tensors alive
             empty_cache()
+        else:
+            _keep_pace()
         start = stop
+
+
+_queued: deque[Mark] = deque()
+
+
+def _keep_pace() -> None:
+    """Let at most two chunks wait on the card, so that cancelling and progress are prompt."""
+    device = comfy.model_management.get_torch_device()
+    if device.type != "cuda":
+        return
+    _queued.append(mark(device))
+    if len(_queued) > 2:
+        _queued.popleft().wait()
 
 
 def build_wan(**config: Any) -> torch.nn.Module:

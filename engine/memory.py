@@ -102,12 +102,14 @@ def plan_memory(work: Workload, free: int, host_free: int, most_chunk: int) -> M
 
     What every step needs most goes onto the device first: a working chunk, the target tokens, then
     the guide's keys; what is left makes the chunk larger. The guide's keys are kept in host memory
-    only where they take less than half of it.
+    only where they take less than half of it: pinned memory is handed out in powers of two.
     """
     left = free - work.least_chunk_bytes - work.ring_bytes
     tokens_on_device = work.token_bytes <= left
     if tokens_on_device:
         left -= work.token_bytes
+    else:
+        host_free -= work.token_bytes
     guide = "recompute"
     if work.keep_guide and work.guide_tokens:
         if work.guide_bytes <= left // 2:

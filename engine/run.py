@@ -39,10 +39,10 @@ class SamplingRun:
             self._made[key] = make()
         return self._made[key]
 
-    def progress(self, steps: int, blocks: int) -> RunProgress:
+    def progress(self, schedule: tuple[float, ...], blocks: int) -> RunProgress:
         """The run's one progress report."""
         if self._progress is None:
-            self._progress = RunProgress(steps, blocks)
+            self._progress = RunProgress(schedule, blocks)
         return self._progress
 
     def noise_like(self, latent: Tensor) -> Tensor:
@@ -56,6 +56,7 @@ class SamplingRun:
         self.guide_keys.clear()
         self._made.clear()
         self._noise = None
+        host.release_pinned()
 
 
 def run_of(options: dict) -> SamplingRun:
@@ -79,6 +80,7 @@ def open_run(executor: Any, noise: Tensor, latent_image: Tensor, *args: Any, **k
     run = SamplingRun(seed or 0, keep_guide=not host.has_scheduled_weights(guider.model_patcher))
     options = guider.model_options.setdefault("transformer_options", {})
     options[KEY] = run
+    host.make_innermost(options, KEY)
     try:
         return executor(noise, latent_image, *args, **kwargs)
     finally:

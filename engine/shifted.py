@@ -48,20 +48,18 @@ class ShiftedAttention:
         self.windows = windows
         self.alignment = alignment
         self.rope = rope
-        self._groups: dict[tuple[int, torch.device], list[WindowGroup]] = {}
+        self._groups: dict[tuple[int, torch.device, torch.device], list[WindowGroup]] = {}
 
     def evaluate(self, task: BlockTask, index: int) -> None:
         for group in self.groups(index % 2, task.device, task.tokens.index_device):
-            at_a_time = max(1, task.chunk // group.size.count)
-            host.in_chunks(
-                len(group.tokens), at_a_time, partial(self.evaluate_windows, task, group)
-            )
+            evaluate = partial(self.evaluate_windows, task, group)
+            host.in_chunks(len(group.tokens), task.chunk, evaluate, group.size.count)
 
     def groups(
         self, parity: int, device: torch.device, index_device: torch.device
     ) -> list[WindowGroup]:
         """The windows of even or odd blocks with everything that depends on geometry alone."""
-        key = parity, index_device
+        key = parity, device, index_device
         if key not in self._groups:
             self._groups[key] = [
                 self._group(boxes, device, index_device)

@@ -65,7 +65,10 @@ class SlidingAttention:
         self.alignment = alignment
         self.rope = rope
         self.axis = windows.axis
-        self._prepared: dict[torch.device, tuple[list[TileGroup], list[Tensor], Tensor | None]] = {}
+        self._prepared: dict[
+            tuple[torch.device, torch.device],
+            tuple[list[TileGroup], list[Tensor], Tensor | None],
+        ] = {}
 
     def evaluate(self, task: BlockTask, index: int) -> None:
         del index  # the tiles are the same in every block
@@ -78,21 +81,22 @@ class SlidingAttention:
             guide = blocks.rotate(keys[None], task.heads, guide_freqs)[0], values
         for group in groups:
             self._fill(task, ring, group.last_slice, tables)
-            keys_per_tile = self.windows.window.count + (
-                self.alignment.count.count if guide and self.alignment else 0
-            )
-            at_a_time = max(1, 2 * task.chunk // (group.size.count + keys_per_tile))
+            keys_per_tile = self.windows.window.count
+            if guide is not None and self.alignment is not None:
+                keys_per_tile += self.alignment.count.count
             host.in_chunks(
                 len(group.tiles),
-                at_a_time,
+                task.chunk,
                 partial(self._evaluate, task, ring, guide, group, tables),
+                (group.size.count + keys_per_tile) // 2,
             )
 
     def _prepare(
         self, device: torch.device, index_device: torch.device
     ) -> tuple[list[TileGroup], list[Tensor], Tensor | None]:
         """Tiles in streaming order, per-axis rotations of the target, rotations of the guide."""
-        if index_device not in self._prepared:
+        key = device, index_device
+        if key not in self._prepared:
             tables = [
                 self.rope.table(axis, torch.arange(n, device=device))
                 for axis, n in enumerate(self.windows.grid)
@@ -105,8 +109,8 @@ class SlidingAttention:
                         for axis, positions in enumerate(self.alignment.positions)
                     ]
                 )
-            self._prepared[index_device] = self._groups(device, index_device), tables, guide_freqs
-        return self._prepared[index_device]
+            self._prepared[key] = self._groups(device, index_device), tables, guide_freqs
+        return self._prepared[key]
 
     def _groups(self, device: torch.device, index_device: torch.device) -> list[TileGroup]:
         by_place: dict[tuple[int, Grid], list[Box]] = defaultdict(list)

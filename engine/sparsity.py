@@ -20,15 +20,18 @@ BLOCK = Grid(2, 8, 8)
 
 
 @lru_cache(maxsize=64)
-def block_order(size: Grid, device: torch.device) -> Tensor:
-    """Raster indices of a window's tokens, whole blocks first [n, 128], then the rest.
+def block_order(size: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Raster indices of a window's tokens: of whole blocks [n, 128], and of the rest [m].
 
     Blocks at a border that are cut off count as rest: they are always read.
     """
     boxes = ShiftedWindows(size, BLOCK.clipped(size)).by_size(0)
     whole = boxes.pop(BLOCK.clipped(size))
     starts = torch.tensor([box.start for box in whole], device=device)
-    return flat_index(size, starts, BLOCK.clipped(size))
+    order = flat_index(size, starts, BLOCK.clipped(size))
+    rest = torch.ones(size.count, dtype=torch.bool, device=device)
+    rest[order.flatten()] = False
+    return order, rest.nonzero().flatten()
 
 
 def keep_blocks(
@@ -44,12 +47,10 @@ def keep_blocks(
     Returns:
         k, v [n, K', C]; each head's channels come from the blocks that it chose.
     """
-    order = block_order(size, q.device)
+    order, rest = block_order(size, q.device)
     blocks, length = order.shape
     if kept >= blocks:
         return k, v
-    rest = torch.ones(size.count, dtype=torch.bool, device=q.device)
-    rest[order.flatten()] = False
     k_blocks = k[:, order].unflatten(-1, (heads, -1))  # [n, blocks, 128, heads, d]
     v_blocks = v[:, order].unflatten(-1, (heads, -1))
     pooled_q = q.unflatten(-1, (heads, -1)).mean(1)

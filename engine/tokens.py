@@ -79,17 +79,24 @@ class HostTokens:
 
     def write(self, index: Tensor, values: Tensor) -> None:
         while len(self._pending) >= self.WAITING:
-            self._pending.pop(0).result()
+            self._finish_oldest()
         ready = host.mark(self.device)
         self._pending.append(self._worker.submit(self._store, index, values, ready))
 
     def _store(self, index: Tensor, values: Tensor, ready: host.Mark) -> None:
         with torch.inference_mode(), ready.after():
-            self.values[index] = values.cpu()
+            staged = host.host_buffer(tuple(values.shape), values.dtype, self.device)
+            self.values[index] = staged.copy_(values)
 
     def settle(self) -> None:
         while self._pending:
+            self._finish_oldest()
+
+    def _finish_oldest(self) -> None:
+        try:
             self._pending.pop(0).result()
+        except Exception as error:  # of an earlier chunk: the one being computed cannot mend it
+            raise RuntimeError(f"AtlasVid could not keep tokens on the host: {error!r}") from error
 
     def close(self) -> None:
         """Wait for the worker and let it go."""

@@ -143,17 +143,16 @@ class Forward:
         linear += [block.cross_attn.q, block.cross_attn.o, block.ffn[0]]
         x = torch.randn(chunk, model.dim).to(self.x)
         wide = torch.randn(chunk, model.ffn_dim).to(self.x)
-        q = torch.randn(heads * chunk // window, window, 128).to(self.x)
-        k = torch.randn(heads * chunk // window, keys, 128).to(self.x)
-        text = torch.randn(heads, self.text.shape[1], 128).to(self.x)
-        cross = q.view(heads, -1, 128)
+        q = torch.randn(chunk // window, heads, window, 128).to(self.x)
+        k = torch.randn(chunk // window, heads, keys, 128).to(self.x)
+        text = torch.randn(1, heads, self.text.shape[1], 128).to(self.x)
+        cross = q.transpose(0, 1).reshape(1, heads, -1, 128)
         for _ in range(len(model.blocks) * round(tokens / chunk)):
             for layer in linear:
                 layer(x)
             block.ffn[2](wide)
-            for queries, both in ((q, k), (cross, text)):
-                weights = torch.bmm(queries, both.transpose(1, 2))
-                torch.bmm(weights, both)
+            for queries, both in ((q, k), (cross, text)):  # fused: no score matrix in memory
+                torch.nn.functional.scaled_dot_product_attention(queries, both, both)
 
 
 def run_on_cpu(quick: bool) -> None:

@@ -32,6 +32,7 @@ THUMBNAIL = {"width": 800, "height": 450}
 ONE_NODE = """async (kind) => {
     app.graph.clear()
     const node = LiteGraph.createNode(kind)
+    node.id = Math.floor(Math.random() * 1e9)  // the front end keeps widgets' values by id
     node.pos = [200, 200]
     app.graph.add(node)
     await new Promise((done) => setTimeout(done, 4000))
@@ -51,16 +52,17 @@ ONLY_GRAPH = """
 """
 FIT = """async (workflow) => {
     await app.loadGraphData(workflow)
-    await new Promise((done) => setTimeout(done, 2500))
+    await new Promise((done) => setTimeout(done, 1000))
     const groups = app.graph.groups.map((group) => group.boundingRect ?? group._bounding)
     const left = Math.min(...groups.map((g) => g[0])), top = Math.min(...groups.map((g) => g[1]))
     const right = Math.max(...groups.map((g) => g[0] + g[2]))
     const bottom = Math.max(...groups.map((g) => g[1] + g[3]))
-    const { clientWidth: width, clientHeight: height } = app.canvas.canvas
-    const scale = Math.min(width / (right - left + 60), height / (bottom - top + 100))
+    const bar = 70  // the front end's own menus, above and to the left
+    const width = app.canvas.canvas.clientWidth - bar
+    const height = app.canvas.canvas.clientHeight - bar
+    const scale = Math.min(width / (right - left + 20), height / (bottom - top + 20))
     app.canvas.ds.scale = scale
-    app.canvas.ds.offset = [
-        (width / scale - right - left) / 2, (height / scale - bottom - top) / 2]
+    app.canvas.ds.offset = [bar / scale - left, bar / scale - top]
     app.canvas.setDirty(true, true)
     await new Promise((done) => setTimeout(done, 700))
 }"""
@@ -180,7 +182,6 @@ def readme() -> None:
         page.add_style_tag(content=ONLY_GRAPH)
         workflow = json.loads((WORKFLOWS / "atlasvid_t2v_4k.json").read_text("utf-8"))
         page.evaluate(FIT, workflow)
-        page.wait_for_timeout(6000)
         page.screenshot(path=IMAGES / "workflow_t2v_4k.jpg", type="jpeg", quality=80)
 
 

@@ -94,7 +94,15 @@ class TrainedDetail(DetailForward):
             text = self._text(context, clip_fea)
             memory = self._plan_memory(x)
         guide = TrainedGuide(
-            self.guide_model, self.settings, self.run, self.options, memory, x, timestep, text
+            self.guide_model,
+            self.settings,
+            self.run,
+            self.options,
+            memory,
+            host.ChunkSize(memory.chunk),
+            x,
+            timestep,
+            text,
         ).keys_of_blocks()
         for i, block in enumerate(self.model.blocks):
             keys, values = next(guide)
@@ -150,7 +158,7 @@ class TrainedDetail(DetailForward):
                         (keys, values),
                         self.model.num_heads,
                         self.options,
-                        most,
+                        host.ChunkSize(most),
                         x.device,
                     )
                     attention.evaluate_windows(task, group, start, stop)

@@ -11,11 +11,11 @@ from .. import host
 from ..memory import AUTO, parse_budget
 from .regions import Box, Grid
 from .scratch import MemoryStore, Store
-from .tiling import CostModel, frugal_grid, grid_within
+from .tiling import DECODE_WORK_LIMIT, CostModel, frugal_grid, grid_within
 from .wan import Cache, WanDecoder, frame_count
 
-# Channels x positions x frames alive in the whole-frame stage, in features of one frame.
-WHOLE_FRAME_LIVE = 18
+# Peak of the whole-frame stage, in features of one latent frame (counted on the real shapes).
+WHOLE_FRAME_LIVE = 31
 # Share of the device's memory that tiles may take; the rest is for the weights and others.
 MEMORY_SHARE = 0.7
 
@@ -106,7 +106,8 @@ class TiledDecoder:
 
     def plan(self) -> Grid:
         """Loads the VAE and picks tiles that fit the budget and the free memory."""
-        return plan_tiles(self.vae, self.cost, self.decoder.feature_channels, self.budget)
+        channels = self.decoder.feature_channels
+        return plan_tiles(self.vae, self.cost, channels, self.budget, DECODE_WORK_LIMIT)
 
     def feature_bytes(self, grid: Grid) -> int:
         """Bytes that a store holds: every tile's features with their halo."""
@@ -238,13 +239,18 @@ def _ends(span: Any) -> tuple[int, int]:
     return span.start, span.stop
 
 
-def plan_tiles(vae: Any, cost: CostModel, feature_channels: int, budget: str) -> Grid:
-    """Loads the VAE and picks tiles that fit the budget and the free memory."""
+def plan_tiles(
+    vae: Any, cost: CostModel, feature_channels: int, budget: str, work_limit: float
+) -> Grid:
+    """Loads the VAE and picks tiles that fit the budget and the free memory.
+
+    With "auto", small tiles whose halos cost no more than `work_limit` times the work.
+    """
     positions = cost.latent_height * cost.latent_width
     whole_frames = WHOLE_FRAME_LIVE * feature_channels * positions * cost.element_bytes
     limit = parse_budget(budget)
     if limit is None:
-        grid = frugal_grid(cost, int(MEMORY_SHARE * host.reachable_vae_memory(vae)))
+        grid = frugal_grid(cost, int(MEMORY_SHARE * host.reachable_vae_memory(vae)), work_limit)
     else:
         grid = grid_within(cost, limit)
     host.load_vae_weights(vae, max(cost.peak_bytes(grid), whole_frames))

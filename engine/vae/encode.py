@@ -12,7 +12,7 @@ from .decode import plan_tiles, supported_patch
 from .regions import Box, Grid
 from .scratch import MemoryStore, ScratchFile, Store, require_space
 from .sources import FrameSource, GreyAfter, latent_groups
-from .tiling import CostModel
+from .tiling import ENCODE_WORK_LIMIT, CostModel
 from .wan import Cache, WanEncoder, latent_count
 
 
@@ -48,7 +48,8 @@ class TiledEncoder:
 
     def plan(self) -> Grid:
         """Loads the VAE and picks tiles that fit the budget and the free memory."""
-        return plan_tiles(self.vae, self.cost, self.encoder.feature_channels, self.budget)
+        channels = self.encoder.feature_channels
+        return plan_tiles(self.vae, self.cost, channels, self.budget, ENCODE_WORK_LIMIT)
 
     def encode(self, grid: Grid) -> Tensor:
         """Latents [1, C, t, h, w] of all frames, on the core's device for intermediate results."""

@@ -7,8 +7,10 @@ from .regions import Box, Grid, Span, trace
 
 # Convolution backends ask for scratch memory of their own, and allocators fragment.
 ALLOCATOR_MARGIN = 1.2
-# `auto` takes the smallest tiles whose halos cost at most this much more convolution work.
-AUTO_WORK_LIMIT = 1.09
+# `auto` takes the smallest tiles whose halos cost at most this much convolution work. Encoding
+# is the cheaper half, and its halos are wider: they lie at full resolution.
+DECODE_WORK_LIMIT = 1.10
+ENCODE_WORK_LIMIT = 1.35
 # A tile narrower than this, in latents, is nearly all halo.
 SMALLEST_TILE = 8
 
@@ -82,12 +84,12 @@ def grid_within(model: CostModel, budget: int) -> Grid:
     return min(fitting, key=model.macs) if fitting else min(grids, key=model.peak_bytes)
 
 
-def frugal_grid(model: CostModel, budget: int) -> Grid:
+def frugal_grid(model: CostModel, budget: int, work_limit: float) -> Grid:
     """The smallest tiles that cost little extra work, as long as they fit `budget` bytes.
 
     More memory than this buys no speed, so it is left to the models that share the card.
     """
     grids = candidate_grids(model.latent_height, model.latent_width)
-    cheap = [grid for grid in grids if work_ratio(model, grid) <= AUTO_WORK_LIMIT]
+    cheap = [grid for grid in grids if work_ratio(model, grid) <= work_limit]
     grid = min(cheap, key=model.peak_bytes)
     return grid if model.peak_bytes(grid) <= budget else grid_within(model, budget)

@@ -107,6 +107,7 @@ def test_opens_from_the_template_browser(desk: Desk, name: str) -> None:
     page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     page.get_by_role("dialog").get_by_text("atlasvid", exact=True).first.click()
     card = page.get_by_test_id(f"template-workflow-{name}")
+    card.scroll_into_view_if_needed()  # pictures load when they are seen
     card.locator("img").first.wait_for()
     size = card.locator("img").first.evaluate("async (p) => (await p.decode(), p.naturalWidth)")
     assert size == THUMBNAIL_WIDTH

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from fractions import Fraction
+from pathlib import Path
 
 import comfy.model_management
 import folder_paths
@@ -196,6 +197,43 @@ def test_too_small_a_disk_is_refused_before_decoding(vae, two_tiles, tmp_path, m
     monkeypatch.setattr(scratch.shutil, "disk_usage", lambda _folder: Namespace(free=1000))
     with pytest.raises(OSError, match=r"9 frames of 96 x 80 needs .* GB .*--temp-directory"):
         to_video(vae, latent()).save_to(str(tmp_path / "clip.mp4"))
+
+
+GROWTH = """
+import sys
+from pathlib import Path
+sys.path[:0] = [{tests!r}, {tools!r}]
+import conftest, folder_paths, torch
+from measure import measure
+from atlasvid.nodes.decode import AtlasVidDecodeToVideo
+from wan_vaes import wan21_vae
+folder_paths.temp_directory = {folder!r}
+vae = wan21_vae()
+def save(latents):
+    samples = {{"samples": torch.randn(1, 16, latents, 16, 16)}}
+    video = AtlasVidDecodeToVideo.execute(samples, vae, 16.0, "auto")[0]
+    video.save_to(str(Path({folder!r}) / "clip.mp4"))
+save(9)
+for latents in (9, 41):
+    print(measure(lambda: save(latents))["grown_bytes"])
+"""
+
+
+def test_memory_does_not_grow_with_the_frames(tmp_path):
+    """33 and 161 frames in a process of its own; as one float batch they would be 6 and 30 MiB."""
+    here = Path(__file__).resolve().parent.parent
+    code = GROWTH.format(tests=str(here), tools=str(here.parent / "tools"), folder=str(tmp_path))
+    # Else the C library keeps freed memory for later, more of it the longer a process runs.
+    give_back = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, **give_back},
+    )
+    short, long = (int(line) / 2**20 for line in done.stdout.splitlines()[-2:])
+    assert long - short < 6, f"{short:.0f} MiB for 33 frames, {long:.0f} MiB for 161"
 
 
 def test_files_of_killed_processes_are_swept(tmp_path):
