@@ -21,6 +21,7 @@ import av
 import comfy.conds
 import comfy.ldm.common_dit
 import comfy.ldm.modules.attention
+import comfy.ldm.modules.diffusionmodules.model
 import comfy.ldm.wan.model
 import comfy.ldm.wan.vae
 import comfy.ldm.wan.vae2_2
@@ -379,6 +380,9 @@ VideoInput = Input.Video
 VideoFromFile = InputImpl.VideoFromFile
 VideoFromComponents = InputImpl.VideoFromComponents
 VideoComponents = Types.VideoComponents
+
+# What VAEs use where no memory-saving attention is at hand, as on the CPU.
+plain_attention = comfy.ldm.modules.diffusionmodules.model.normal_attention
 
 # Pixel-shuffle factor of each supported VAE class.
 WAN_VAES: dict[type, int] = {

@@ -16,7 +16,7 @@ from .grid import Grid
 from .plan import Plan, make_plan
 from .progress import duration
 from .settings import preset_window
-from .windows import COMPACT, cuts
+from .windows import cuts
 
 WAN21_SPACE = host.LatentSpace(channels=16, spatial=8, temporal=4, patch=(1, 2, 2))
 WAN22_SPACE = host.LatentSpace(channels=48, spatial=16, temporal=4, patch=(1, 2, 2))
@@ -31,7 +31,7 @@ def overview(query: Mapping[str, str]) -> dict[str, Any]:
     Args:
         query: the plan node's values by name; `model`, the file or node that the model comes from;
             optional `shape`, what `shape_record` said of a model that was executed; and the
-            sampling found in the graph (`window`, `overlap`, `guide_noise`, ...).
+            sampling found in the graph (`window`, `overlap`, `guide_noise`, `guide_lora`, ...).
 
     Raises:
         ValueError: a value is missing or outside its range.
@@ -245,15 +245,20 @@ def _shape(query: Mapping[str, str]) -> tuple[ModelShape, bool]:
 
 
 def _settings(query: Mapping[str, str], plan: Plan) -> Settings:
-    preset = query.get("window", "compact")
+    """How the graph samples; `auto` is resolved as the attention node does without a recipe."""
+    guided = query.get("guide_lora") == "1"
+    automatic = {"window": "compact", "guide_noise": "clean"} if guided else {}
+    chosen = {
+        name: automatic.get(name, standard) if query.get(name, "auto") == "auto" else query[name]
+        for name, standard in (("window", "trained size"), ("guide_noise", "matched"))
+    }
     custom = Grid(*(int(_number(query, f"window.{side}", "1")) for side in Grid._fields))
-    known = preset if preset in ("compact", "trained size", "custom") else "compact"
-    window = preset_window(known, plan, custom) if "window" in query else COMPACT
+    window = preset_window(chosen["window"], plan, custom)
     standard = Settings(window)
     return Settings(
         window,
         query.get("overlap", standard.overlap),
-        query.get("guide_noise", standard.guide_noise),
+        chosen["guide_noise"],
         int(_number(query, "proxy_evaluations", str(standard.proxy_evaluations))),
         int(_number(query, "detail_evaluations", str(standard.detail_evaluations))),
         query.get("streamed", "1") == "1",

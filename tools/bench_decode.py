@@ -14,8 +14,8 @@ from measure import RESULTS, markdown_table, measure, run_case, save_results
 
 MIB = 2**20
 METHODS = ("ours", "untiled", "stock tiled")
-# Latent frames, height, width: 9 frames of 1280 x 720, and 33 and 161 frames for the growth.
-SIZE = (3, 90, 160)
+# Latent frames, height, width: 5 frames of 1280 x 720, and 33 and 161 frames for the growth.
+SIZE = (2, 90, 160)
 QUICK_SIZE = (2, 60, 104)
 GROWTH = ((9, 32, 32), (41, 32, 32))
 UHD_5 = (2, 270, 480)

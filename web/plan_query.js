@@ -78,6 +78,7 @@ export function planQuery(plan) {
     for (const name of ["overlap", "guide_noise"]) query[name] = chosen[name];
     for (const [name, value] of Object.entries(chosen))
       if (name.startsWith("window")) query[name] = value;
+    query.guide_lora = origin(attention[0], "guide_lora") ? 1 : 0;
     const samplers = new Set(attention.flatMap((node) => samplersBehind(node, "MODEL")));
     const detail = evaluations([...samplers]);
     if (detail) {

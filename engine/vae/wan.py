@@ -7,7 +7,8 @@ frames at latent resolution (`features`) followed by a spatially local chain of 
 version is followed exactly.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from .. import host
 from .layers import (
     Bypass,
     Chain,
@@ -30,6 +32,7 @@ from .regions import Box, Down, Even, Same, Up
 
 Cache = list[Any] | None
 FRAMES_PER_LATENT = 4
+ATTENTION_SCORE_BYTES = 64 * 2**20
 
 
 def frame_count(latents: int) -> int:
@@ -62,9 +65,40 @@ def cached_conv(conv: nn.Module, x: Tensor, cache: Cache, index: list[int]) -> T
 
 
 def _middle(layers: Sequence[nn.Module], x: Tensor, cache: Cache, index: list[int]) -> Tensor:
-    for layer in layers:
-        x = layer(x) if cache is None else layer(x, cache, index)
+    with _lean_attention(layers):
+        for layer in layers:
+            x = layer(x) if cache is None else layer(x, cache, index)
     return x
+
+
+@contextmanager
+def _lean_attention(layers: Sequence[Any]) -> Iterator[None]:
+    """Replaces the core's plain attention, whose scores fill all free memory, for one call."""
+    plain = [x for x in layers if getattr(x, "optimized_attention", None) is host.plain_attention]
+    try:
+        for layer in plain:
+            layer.optimized_attention = sliced_attention
+        yield
+    finally:
+        for layer in plain:
+            layer.optimized_attention = host.plain_attention
+
+
+def sliced_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k / sqrt(C)) v over each frame's positions, in slices of queries.
+
+    q, k, v and the result are [frames, C, h, w].
+    """
+    shape, scale = q.shape, q.shape[1] ** -0.5
+    q, k, v = q.flatten(2).transpose(1, 2), k.flatten(2), v.flatten(2)
+    out = torch.empty_like(v)
+    positions = k.shape[2]
+    rows = max(1, ATTENTION_SCORE_BYTES // (positions * k.element_size()))
+    for frame in range(len(q)):
+        for start in range(0, positions, rows):
+            weights = (q[frame, start : start + rows] @ k[frame] * scale).softmax(dim=1)
+            out[frame, :, start : start + rows] = v[frame] @ weights.T
+    return out.view(shape)
 
 
 def _head(layers: Sequence[nn.Module], x: Tensor, cache: Cache, index: list[int]) -> Tensor:

@@ -135,6 +135,19 @@ def test_overview_has_a_picture_and_a_list():
     json.dumps(shown)
 
 
+@pytest.mark.parametrize(
+    ("graph", "keys"),
+    [
+        ({}, "17,490 + 416 of the guide"),
+        ({"window": "auto", "guide_lora": "1"}, "1,024 + 75 of the guide"),
+        ({"window": "custom", "window.frames": "2", "window.height": "8"}, "16 + 12 of the guide"),
+    ],
+)
+def test_overview_resolves_the_window(graph, keys):
+    rows = dict(overview.overview({**QUERY, **graph})["rows"])
+    assert rows["Keys per query"] == keys
+
+
 def test_overview_knows_a_model_by_its_file(tmp_path, monkeypatch):
     from safetensors.torch import save_file
 

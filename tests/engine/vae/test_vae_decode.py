@@ -4,6 +4,7 @@ import comfy.ldm.wan.vae
 import pytest
 import torch
 from atlasvid.engine import host
+from atlasvid.engine.vae import wan
 from atlasvid.engine.vae.decode import TiledDecoder, decode_images
 from atlasvid.engine.vae.layers import convolutions
 from atlasvid.engine.vae.regions import Box, Grid, Span
@@ -202,6 +203,13 @@ def test_counted_work_is_what_the_convolutions_do(monkeypatch):
     per_latent = (sum(recorded) - first_frame_only) / 2
     z_macs = 16 * 16 * 20 * 24  # `conv2`, outside the decoder
     assert tiled.cost.macs(grid) == pytest.approx(per_latent - z_macs, rel=1e-6)
+
+
+def test_sliced_attention_is_the_cores(monkeypatch):
+    monkeypatch.setattr(wan, "ATTENTION_SCORE_BYTES", 7 * 120 * 4)
+    q, k, v = torch.randn(3, 2, 32, 10, 12, generator=torch.Generator().manual_seed(1))
+    expected = host.plain_attention(q, k, v)
+    assert (wan.sliced_attention(q, k, v) - expected).abs().max() <= 1e-6
 
 
 def test_less_memory_means_smaller_tiles():
