@@ -118,9 +118,13 @@ class AtlasVidTrainLoRA(io.ComfyNode):
                     io.Int, "save_every", 250, 1, 100_000, 1,
                     "Steps between checkpoints, kept in output/atlasvid_training.",
                 ),
-                ranged(
-                    io.Int, "seed", 0, 0, 0xFFFFFFFFFFFFFFFF, 1,
-                    "Of the LoRA's first weights, the clips' order and the noise.",
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=False,  # a run resumes with the seed that it began with
+                    tooltip="Of the LoRA's first weights, the clips' order and the noise.",
                 ),
                 io.Boolean.Input(
                     "resume",

@@ -32,6 +32,7 @@ THUMBNAIL = {"width": 800, "height": 450}
 ONE_NODE = """async (kind) => {
     app.graph.clear()
     const node = LiteGraph.createNode(kind)
+    node.id = Math.floor(Math.random() * 1e9)  // the front end keeps widgets' values by id
     node.pos = [200, 200]
     app.graph.add(node)
     await new Promise((done) => setTimeout(done, 4000))

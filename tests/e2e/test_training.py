@@ -134,9 +134,9 @@ def test_the_wrong_output_of_a_stage_says_which_is_right(server: Server, clips: 
         session.run(whole, TIMEOUT)
 
 
-def test_cancelling_a_training_keeps_it_for_later(any_server: Server, clips: Path) -> None:
-    state = run_folder(any_server, "long") / "state.safetensors"
-    with Session(any_server) as session:
+def test_cancelling_a_training_keeps_it_for_later(server: Server, clips: Path) -> None:
+    state = run_folder(server, "long") / "state.safetensors"
+    with Session(server) as session:
         prompt_id = session.queue(training(clips, "long", steps=100_000))
         kinds, pictures, posted = [], 0, 0.0
         for kind, data in session.events(prompt_id, TIMEOUT):

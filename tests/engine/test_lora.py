@@ -6,12 +6,15 @@ import logging
 from contextlib import contextmanager
 
 import comfy.ops
+import comfy.sample
 import comfy.sd
 import peft
 import pytest
 import torch
+from atlasvid.engine import host
 from atlasvid.engine.detail import apply_detail_branch
 from atlasvid.engine.grid import Grid
+from atlasvid.engine.guide import GuideStream
 from atlasvid.engine.lora import GuideLora, load_guide_lora, read_lora
 from atlasvid.engine.recipe import BaseShape, Recipe
 from atlasvid.engine.settings import preset_guide_noise, preset_window
@@ -235,6 +238,25 @@ def test_base_weights_of_any_dtype(wan, peft_folder, dtype):
     ours = streamed(stored, lora, inputs)
     assert relative_error(ours, streamed(rounded, lora, inputs)) < 1e-6
     assert relative_error(ours, streamed(wan, lora, inputs)) > 1e-6
+
+
+def test_the_guides_keys_are_kept_for_all_steps(wan, peft_folder, monkeypatch):
+    """And sampling with them is sampling with keys that are computed in every step."""
+    evaluated = []
+    stock = GuideStream._evaluate
+    monkeypatch.setattr(GuideStream, "_evaluate", lambda s: evaluated.append(1) or stock(s))
+    _, _, context, proxy = case()
+    lora = load_guide_lora(peft_folder / "adapter_model.safetensors", 1.0)
+    plan = plan_of((5, 8, 12), (2, 4, 6))
+    patched = apply_detail_branch(wan, plan, proxy, WINDOW, "clean", guide_lora=lora)
+    noise, words = rand(1, 16, 5, 8, 12, seed=5), [[context, {}]]
+    arguments = (3, 1.0, "euler", "simple", words, words, torch.zeros_like(noise))
+    made = comfy.sample.sample(patched, noise, *arguments, seed=0)
+    assert len(evaluated) == 1
+    monkeypatch.setattr(host, "has_scheduled_weights", lambda model: True)
+    again = comfy.sample.sample(patched, noise, *arguments, seed=0)
+    assert len(evaluated) == 1 + 3
+    assert relative_error(again, made) < 1e-5
 
 
 # --- What does not fit ----------------------------------------------------------------------

@@ -166,6 +166,36 @@ def test_weights_from_inference_mode_and_in_another_type(wan):
     same_gradients(*results)
 
 
+def kept_bytes(wan, adapters, latent):
+    """What autograd keeps between the forward and the backward pass."""
+    plan = plan_of(latent, (2, 4, 4))
+    settings = DetailSettings(
+        plan, Grid(4, 4, 4).clipped(plan.tokens), "shifted", "clean", rand(1, 16, 2, 4, 4), 1, 0
+    )
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage, storage.nbytes()  # holding it keeps its address taken
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    x = rand(1, 16, *latent)
+    with host.training(), hooks:
+        guide_forward(
+            frozen_view(wan), adapters.view, settings, x, torch.tensor([500.0]), rand(1, 16, 4096)
+        )
+    return sum(size for _, size in kept.values())
+
+
+def test_of_the_target_little_more_than_each_blocks_input_is_kept(wan, adapters):
+    """Activations are bounded by a chunk of windows: queries, keys, feed-forward are not kept."""
+    small, large = (kept_bytes(wan, adapters, (5, side, side)) for side in (16, 48))
+    tokens = 5 * (24 * 24 - 8 * 8)
+    per_token = (large - small) / tokens
+    assert per_token < (len(wan.blocks) + 4) * wan.dim * 4
+
+
 def test_the_model_is_not_touched(wan, adapters):
     names = [type(module).__name__ for module in wan.modules()]
     build_adapters(wan, 2, 2.0, "attention", 0, CPU)
