@@ -27,6 +27,9 @@ STREAMED_FRAMES = 8
 TOKEN_PASSES = 70
 """Times that a block reads or writes a token between its matrices, counted on a real forward:
 norms, rotations, modulation, residuals, gather, scatter. A feed-forward's activation adds four."""
+OVERHEAD = 1.15
+"""A forward takes longer than its layers alone: launches, smaller boxes at borders, less in cache.
+The middle of what `python tools/bench.py cost` showed without it."""
 SCRATCH_BYTES = 6
 """A pixel's three colours at 16 bits, as a streamed decode keeps them until it is saved."""
 VIDEO_BITS_PER_PIXEL = 0.2
@@ -115,11 +118,8 @@ class Rates:
     """Bytes/s from host to device memory."""
 
     def seconds(self, work: Work) -> float:
-        return (
-            work.matmul / self.matmul
-            + work.attention / self.attention
-            + work.pointwise / self.pointwise
-        )
+        layers = work.matmul / self.matmul + work.attention / self.attention
+        return OVERHEAD * (layers + work.pointwise / self.pointwise)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ Everything runs in both renderers, the canvas and "Nodes 2.0".
 import json
 import re
 import shutil
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -244,3 +246,22 @@ def test_blueprint_is_offered(desk: Desk) -> None:
     used = {node["class_type"] for node in desk.prompt().values()}
     assert {"AtlasVidPlan", "AtlasVidHierarchicalAttention", "AtlasVidDecodeToVideo"} <= used
     assert not desk.errors
+
+
+def test_texts_and_help_are_served(server: comfy_server.Server) -> None:
+    texts = comfy_server.request(f"{server.address}/i18n")
+    assert texts["zh"]["nodeDefs"]["AtlasVidPlan"]["display_name"] == "AtlasVid 计划"
+    for page in ("AtlasVidPlan.md", "AtlasVidPlan/zh.md", "images/AtlasVidPlan.png"):
+        with urllib.request.urlopen(f"{server.address}/extensions/atlasvid/docs/{page}") as answer:
+            assert answer.status == 200
+
+
+def test_plan_is_answered_by_the_engine(server: comfy_server.Server) -> None:
+    values = {"width": 3840, "height": 2160, "seconds": 10, "fps": 16}
+    values |= {"proxy_short_side": 480, "temporal_stride": 4}
+    address = f"{server.address}/atlasvid/plan?{urllib.parse.urlencode(values)}"
+    plan = comfy_server.request(address)
+    assert plan["target"]["frames"] == 161
+    assert plan["proxy"] == {"width": 848, "height": 480, "frames": 41, "stride": 4}
+    wrong = comfy_server.request(address.replace("width=3840", "width=12"))
+    assert wrong == {"error": "width is 12; allowed is 128 to 8192."}
