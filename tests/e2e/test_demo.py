@@ -37,10 +37,19 @@ def test_says_where_the_video_lies_and_what_each_stage_took(
         )
 
 
+def as_in_a_terminal() -> None:
+    """A test run in the background ignores interrupts, and its children would too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_serve_leaves_comfyui_up_until_it_is_told_to_end(demo: list[str], tmp_path: Path) -> None:
     environment = {**os.environ, "ATLASVID_CACHE": str(tmp_path / "cache"), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
-        [*demo, "--serve"], stdout=subprocess.PIPE, text=True, env=environment
+        [*demo, "--serve"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=as_in_a_terminal,  # noqa: PLW1509  (this test runs no threads)
     )
     assert process.stdout
     line = next(line for line in process.stdout if "in a browser" in line)
