@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import blocks, host
 from .grid import Grid
+from .sparsity import keep_blocks
 from .tokens import Tokens
 
 
@@ -32,18 +33,38 @@ class BlockTask:
     guide: tuple[Tensor, Tensor] | None
     heads: int
     options: dict
-    chunk: int
+    chunk: host.ChunkSize
     device: torch.device
+    keep_blocks: int = 0
 
     def read(self, index: Tensor) -> tuple[Tensor, blocks.Modulation]:
         """Tokens [1, n, C] at raster indices [n], and their modulation."""
-        frames = (
-            index // (self.grid.height * self.grid.width) if self.modulation.per_frame else None
-        )
-        return self.tokens.read(index)[None], self.modulation.of_tokens(frames)
+        return self.tokens.read(index)[None], self.modulation_of(index)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of windows: q [n, L, C] over k and v [n, K, C] -> [1, n * L, C]."""
+    def modulation_of(self, index: Tensor) -> blocks.Modulation:
+        """The modulation of tokens at raster indices [n]."""
+        if not self.modulation.per_frame:
+            return self.modulation
+        frames = index // (self.grid.height * self.grid.width)
+        return self.modulation.of_tokens(frames.to(self.device))
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, size: Grid, guide: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """Attention of windows: one softmax over a window's keys and its aligned guide keys.
+
+        Args:
+            q: [n, L, C].
+            k, v: of windows of `size`, [n, size.count, C] in raster order.
+            guide: keys and values [n, K, C], always read whole.
+
+        Returns:
+            [1, n * L, C].
+        """
+        if self.keep_blocks:
+            k, v = keep_blocks(q, k, v, self.heads, size, self.keep_blocks)
+        if guide is not None:
+            k, v = torch.cat([k, guide[0]], dim=1), torch.cat([v, guide[1]], dim=1)
         out = host.attention(q, k, v, self.heads, self.options)
         for patch in self.options.get("patches", {}).get("attn1_patch", ()):
             out = patch({"x": out, "q": q, "k": k, "transformer_options": self.options})

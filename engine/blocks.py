@@ -106,7 +106,7 @@ def feed_forward(block: Any, x: Tensor, modulation: Modulation) -> Tensor:
 
 
 def per_token(
-    block: Any, x: Tensor, modulation: Modulation, text: Text, options: dict, chunk: int
+    block: Any, x: Tensor, modulation: Modulation, text: Text, options: dict, chunk: host.ChunkSize
 ) -> None:
     """Cross-attention and feed-forward in place on x [1, n, C], `chunk` tokens at a time.
 
@@ -118,9 +118,14 @@ def per_token(
 
     def cross(start: int, stop: int) -> None:
         part = x[:, start:stop]
-        part.add_(cross_attention(block, part, text, options))
+        added = cross_attention(block, part, text, options)
+        if not patches:
+            part.add_(added)
+            return
+        patched = part + added
         for patch in patches:
-            part.copy_(patch({"x": part, "transformer_options": options}))
+            patched = patch({"x": patched, "transformer_options": options})
+        part.copy_(patched)
 
     def forward(start: int, stop: int) -> None:
         part, rows = x[:, start:stop], modulation.part(start, stop)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import host
+from .attention import override_for
 from .forward import DetailForward, workload
 from .grid import Grid
 from .latents import require_proxy
+from .lora import GuideLora
 from .memory import AUTO, parse_budget, wanted_bytes
 from .plan import Plan
 from .run import KEY, open_run, run_of
@@ -27,6 +30,9 @@ def apply_detail_branch(
     end_percent: float = 1.0,
     overlap: str = "shifted",
     memory_budget: str = AUTO,
+    attention: str = AUTO,
+    keep_blocks: int = 0,
+    guide_lora: GuideLora | None = None,
 ) -> Any:
     """A clone of `model` that samples the plan's target with the detail branch.
 
@@ -38,10 +44,13 @@ def apply_detail_branch(
         overlap: `shifted` (disjoint windows that move between blocks) or `sliding` (every tile of
             queries reads a window centred on it).
         memory_budget: device memory beside the weights: `auto` or a size such as `4 GB`.
+        attention: kernel, see `engine.attention`.
+        keep_blocks: blocks of 128 keys that a window reads, 0 for all (FlashVSR's sparsity).
+        guide_lora: acts on the guide's tokens only.
 
     Raises:
-        ValueError: unsupported model, another latent space than the plan's, or a proxy that does
-            not match the plan.
+        ValueError: unsupported model, another latent space than the plan's, or a proxy or a guide
+            LoRA that does not match the plan or the model.
     """
     space = host.latent_space(model)
     if space != plan.space:
@@ -59,6 +68,12 @@ def apply_detail_branch(
     if proxy is not None:
         require_proxy(proxy, plan)
         proxy = host.process_latent_in(model, proxy.cpu().float())
+    if guide_lora is not None:
+        if proxy is None:
+            raise ValueError("A guide LoRA acts on the guide: connect the sampled proxy too.")
+        guide_lora.changes_of(model.model.diffusion_model)
+        guide_lora.warn_of_mismatch(plan.temporal_stride, window, guide_noise)
+    override_for(attention, model.load_device)  # a kernel that is not installed is refused here
     settings = DetailSettings(
         plan=plan,
         window=window.clipped(plan.tokens),
@@ -68,8 +83,12 @@ def apply_detail_branch(
         sigma_start=host.percent_to_sigma(model, start_percent),
         sigma_end=host.percent_to_sigma(model, end_percent),
         budget=parse_budget(memory_budget),
+        attention=attention,
+        keep_blocks=keep_blocks,
+        guide_lora=guide_lora,
     )
 
+    @torch.compiler.disable  # the stock compile node would trace our loops, window by window
     def forward(executor: Any, x: Tensor, timestep: Tensor, context: Tensor, *args: Any, **kw: Any):
         clip_fea, time_dim_concat, options, extra = _split(args, kw)
         if not _is_active(settings, options):
@@ -80,6 +99,8 @@ def apply_detail_branch(
 
     def prepare(executor: Any, patcher: Any, noise_shape: Any, *args: Any, **kw: Any):
         """Load the weights beside what this forward needs, not what a full one would."""
+        if start_percent > 0 or end_percent < 1:  # some steps are full ones
+            return executor(patcher, noise_shape, *args, **kw)
         inner = patcher.model.diffusion_model
         itemsize = host.inference_itemsize(patcher)
         work = workload(settings, inner, noise_shape[0], itemsize, keep_guide=True)

@@ -7,12 +7,14 @@ device or in host memory; nothing else has the grid's length.
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import blocks, host
+from .attention import override_for
 from .block_task import BlockTask, WindowAttention
 from .guide import GuideStream
 from .latents import require_shape
@@ -55,7 +57,7 @@ class DetailForward:
         self.run = run
         self.options = dict(options)
         self.plan = settings.plan
-        self.attention = run.attention_of(settings, self._attention)
+        self.attention = run.once(("attention", id(settings)), self._attention)
 
     def __call__(
         self, x: Tensor, timestep: Tensor, context: Tensor, clip_fea: Tensor | None
@@ -70,10 +72,14 @@ class DetailForward:
             self.plan.latent,
             self.plan.space.channels,
             "target",
-            "Start the detail sampler from the AtlasVid Detail Latent of the same plan.",
+            "Start the detail sampler from the AtlasVid Detail Latent of the same plan; context "
+            "windows and area conditioning, which cut the latent, cannot be used with it.",
         )
         self._set_options(x)
-        memory = self._plan_memory(x)
+        memory = self.run.once(("memory", id(self.settings), len(x)), lambda: self._plan_memory(x))
+        chunk = self.run.once(
+            ("chunk", id(self.settings), len(x)), lambda: host.ChunkSize(memory.chunk)
+        )
         e, e0 = host.time_embedding(self.model, timestep, x.dtype)
         text = self._text(context, clip_fea)
         with ExitStack() as stack:
@@ -82,7 +88,15 @@ class DetailForward:
             guide = None
             if self.settings.proxy is not None:
                 guide = GuideStream(
-                    self.model, self.settings, self.run, self.options, memory, x, timestep, text
+                    self.model,
+                    self.settings,
+                    self.run,
+                    self.options,
+                    memory,
+                    chunk,
+                    x,
+                    timestep,
+                    text,
                 ).keys_of_blocks()
             progress = self._progress()
             for i in range(len(self.model.blocks)):
@@ -90,9 +104,9 @@ class DetailForward:
                 self.options["block_index"] = i
                 keys = next(guide) if guide is not None else None
                 if whole is not None and ("double_block", i) in self._replacements():
-                    whole.copy_(self._replaced(i, whole, e0, text, keys, memory.chunk))
+                    whole.copy_(self._replaced(i, whole, e0, text, keys, chunk))
                 else:
-                    self._block(i, tokens, e0, text, keys, memory.chunk)
+                    self._block(i, tokens, e0, text, keys, chunk)
                 if whole is not None:
                     self._patch(i, whole, x, e)
             return self._head(tokens, e, x)
@@ -102,11 +116,15 @@ class DetailForward:
         self.options["grid_sizes"] = torch.Size(self.plan.tokens)
         self.options["total_blocks"] = len(self.model.blocks)
         self.options["block_type"] = "double"
-        if x.device.type == "cpu":
-            self.options.setdefault("optimized_attention_override", host.fused_on_cpu)
+        override = override_for(self.settings.attention, x.device)
+        if override is not None:
+            self.options.setdefault("optimized_attention_override", override)
 
     def _plan_memory(self, x: Tensor) -> MemoryPlan:
+        """Decided in a run's first forward, before what it keeps is counted as taken."""
         work = workload(self.settings, self.model, len(x), x.element_size(), self.run.keep_guide)
+        if len(self.options.get("cond_or_uncond", ())) == 1:  # the other one keeps a guide too
+            work = replace(work, conditionings=2)
         free = host.free_memory(x.device)
         if self.settings.budget is not None:
             free = min(free, self.settings.budget)
@@ -124,10 +142,12 @@ class DetailForward:
         if memory.tokens_on_device or patched:  # other nodes' patches want one tensor
             whole = x.new_empty((batch, count, dim))
             return [DeviceTokens(item) for item in whole], whole
-        stores = [HostTokens(count, dim, x.dtype, x.device) for _ in range(batch)]
-        for store in stores:
+        stores: list[Tokens] = []
+        for _ in range(batch):
+            store = HostTokens(count, dim, x.dtype, x.device)
             stack.callback(store.close)
-        return list(stores), None
+            stores.append(store)
+        return stores, None
 
     def _replacements(self) -> dict:
         return self.options.get("patches_replace", {}).get("dit", {})
@@ -137,22 +157,22 @@ class DetailForward:
 
     def _progress(self) -> Any:
         sigmas, schedule = self.options.get("sigmas"), self.options.get("sample_sigmas")
-        steps = 0 if schedule is None else len(schedule) - 1
-        progress = self.run.progress(steps, len(self.model.blocks))
-        progress.begin_forward(None if sigmas is None else float(sigmas.max()))
+        known = () if schedule is None else tuple(schedule.tolist())
+        progress = self.run.progress(known, len(self.model.blocks))
+        progress.begin_forward(0.0 if sigmas is None else float(sigmas.max()))
         return progress
 
-    def _frame(self, f: int, device: torch.device) -> Tensor:
+    def _frame(self, f: int, tokens: list[Tokens]) -> Tensor:
         """Raster indices of one latent frame's tokens."""
         area = self.plan.tokens.height * self.plan.tokens.width
-        return torch.arange(f * area, (f + 1) * area, device=device)
+        return torch.arange(f * area, (f + 1) * area, device=tokens[0].index_device)
 
     def _embed(self, x: Tensor, tokens: list[Tokens]) -> None:
         """Fill the tokens from the latent [B, C_in, T, H, W], frame by frame."""
         for f in range(self.plan.tokens.frames):
             frame = host.pad_to_patch(x[:, :, f : f + 1], self.plan.space.patch)
             embedded = self.model.patch_embedding(frame.float()).to(x.dtype)
-            index = self._frame(f, x.device)
+            index = self._frame(f, tokens)
             for store, values in zip(tokens, embedded.flatten(2).transpose(1, 2), strict=True):
                 store.write(index, values)
         for store in tokens:
@@ -166,7 +186,7 @@ class DetailForward:
         channels = self.model.out_dim
         out = x.new_empty((len(x), channels, *x.shape[2:]))
         for f in range(self.plan.tokens.frames):
-            index = self._frame(f, x.device)
+            index = self._frame(f, tokens)
             for item, store in enumerate(tokens):
                 rows = e[item : item + 1, f : f + 1] if e.shape[1] > 1 else e[item : item + 1]
                 patch = self.model.head(store.read(index)[None], rows)
@@ -190,7 +210,7 @@ class DetailForward:
         e0: Tensor,
         text: blocks.Text,
         guide_keys: tuple[Tensor, Tensor] | None,
-        chunk: int,
+        chunk: host.ChunkSize,
     ) -> Tensor:
         """A block that another node replaced, with ours as the original that it may call."""
 
@@ -232,7 +252,7 @@ class DetailForward:
         e0: Tensor,
         text: blocks.Text,
         guide_keys: tuple[Tensor, Tensor] | None,
-        chunk: int,
+        chunk: host.ChunkSize,
     ) -> None:
         """One block in place on the tokens of every video."""
         block = self.model.blocks[index]
@@ -248,6 +268,7 @@ class DetailForward:
                 self.options,
                 chunk,
                 e0.device,
+                self.settings.keep_blocks,
             )
             self.attention.evaluate(task, index)
             store.settle()

@@ -33,15 +33,19 @@ class GuideStream:
         run: SamplingRun,
         options: dict,
         memory: MemoryPlan,
+        chunk: host.ChunkSize,
         x: Tensor,
         timestep: Tensor,
         text: blocks.Text,
     ):
-        self.model = model
+        lora = settings.guide_lora
+        self.base = model
+        self.model = model if lora is None else lora.view(model)
         self.settings = settings
         self.run = run
         self.options = options
         self.memory = memory
+        self.chunk = chunk
         self.x = x
         self.timestep = timestep
         self.text = text
@@ -54,7 +58,7 @@ class GuideStream:
         With `clean` noise they are computed in the run's first step and kept for its other steps,
         where the memory plan has room for them.
         """
-        key = (id(self.model), id(self.settings), *self.options.get("uuids", ()))
+        key = (id(self.base), id(self.settings), *self.options.get("uuids", ()))
         kept = self.run.guide_keys.get(key)
         device = self.x.device
         if kept is not None:
@@ -87,7 +91,7 @@ class GuideStream:
         freqs = self._own_positions(tokens.device)
         frame_of_token = torch.arange(grid.frames, device=tokens.device)
         frame_of_token = frame_of_token.repeat_interleave(grid.height * grid.width)
-        chunk = self.memory.chunk
+        chunk = self.chunk
         for i, block in enumerate(model.blocks):
             modulations = [
                 blocks.Modulation.of(block, item).of_tokens(frame_of_token) for item in e0

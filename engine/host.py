@@ -5,6 +5,9 @@ from __future__ import annotations
 import gc
 import inspect
 import logging
+import shutil
+import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -34,9 +37,9 @@ import node_helpers
 import torch
 from comfy_api.latest import Input, InputImpl, Types
 from comfy_execution.utils import get_executing_context
-from server import PromptServer
 from torch import Tensor
 
+log = logging.getLogger("atlasvid")
 Wrappers = comfy.patcher_extension.WrappersMP
 
 SUPPORTED_MODELS = "Wan 2.1 T2V, Wan 2.1 I2V, Wan 2.2 A14B (high and low noise), Wan 2.2 TI2V-5B"
@@ -53,6 +56,16 @@ class LatentSpace:
     """Frames per latent after the first."""
     patch: tuple[int, int, int]
     """Latents per token: frames, height, width."""
+
+
+def make_innermost(options: dict, key: str) -> None:
+    """Let the forward under `key` run inside all other nodes' wrappers of the forward.
+
+    It answers in place of the stock forward, so wrappers inside of it would never be called.
+    """
+    wrappers = options.get("wrappers", {}).get(Wrappers.DIFFUSION_MODEL, {})
+    if key in wrappers:
+        wrappers[key] = wrappers.pop(key)
 
 
 def use_on_device(model: Any) -> torch.device:
@@ -113,7 +126,8 @@ def percent_to_sigma(model: Any, percent: float) -> float:
 
 def seeded_noise(latent: Tensor, seed: int) -> Tensor:
     """The stock sampler's own noise for this seed, without moving the global generator."""
-    with torch.random.fork_rng(devices=[]):
+    cards = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=cards):
         return comfy.sample.prepare_noise(latent.cpu().float(), seed)
 
 
@@ -125,6 +139,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, options: dict) -> Ten
     return comfy.ldm.modules.attention.optimized_attention(
         q, k, v, heads=heads, transformer_options=options
     )
+
+
+def attention_function(name: str) -> Callable | None:
+    """One of ComfyUI's registered attentions by name, or None where it is not installed."""
+    return comfy.ldm.modules.attention.get_attention_function(name, None)
+
+
+def started_attention() -> str | None:
+    """The registered name of the attention that ComfyUI's start flags chose."""
+    registered = comfy.ldm.modules.attention.REGISTERED_ATTENTION_FUNCTIONS
+    chosen = comfy.ldm.modules.attention.optimized_attention
+    return next((name for name, function in registered.items() if function is chosen), None)
 
 
 def fused_on_cpu(chosen: Callable, *args: Any, **kwargs: Any) -> Tensor:
@@ -182,6 +208,13 @@ def free_memory(device: torch.device) -> int:
     return int(comfy.model_management.get_free_memory(device))
 
 
+def release_pinned() -> None:
+    """Give pinned host memory that is no longer used back to the system."""
+    release = getattr(torch._C, "_host_emptyCache", None)
+    if release is not None and torch.cuda.is_available():
+        release()
+
+
 def empty_cache() -> None:
     """Give cached device memory back after a failed allocation."""
     gc.collect()
@@ -213,6 +246,11 @@ class Mark:
             self.event = torch.cuda.Event()
             self.event.record(torch.cuda.current_stream(device))
 
+    def wait(self) -> None:
+        """Return once the device is past the mark."""
+        if self.event is not None:
+            self.event.synchronize()
+
     @contextmanager
     def after(self) -> Iterator[None]:
         """Run device work of this thread beside the main stream, once the mark is reached."""
@@ -243,9 +281,9 @@ def has_scheduled_weights(model: Any) -> bool:
 def show_progress(text: str) -> None:
     """Show a line in the node that is being executed; nothing outside of a server."""
     context = get_executing_context()
-    instance = getattr(PromptServer, "instance", None)
-    if context is not None and instance is not None:
-        instance.send_progress_text(text, context.node_id)
+    server = sys.modules.get("server")  # only a running ComfyUI has it; importing it starts much
+    if context is not None and server is not None:
+        server.PromptServer.instance.send_progress_text(text, context.node_id)
 
 
 def noise_shape_for(model: Any, wanted: int) -> list[int]:
@@ -258,7 +296,23 @@ def noise_shape_for(model: Any, wanted: int) -> list[int]:
     return [1, 1, max(1, int(wanted / per_area))]
 
 
-def in_chunks(total: int, size: int, compute: Callable[[int, int], None]) -> None:
+class ChunkSize:
+    """How many tokens to evaluate at a time; lowered for good when they do not fit.
+
+    Shared by all blocks and steps of a run, so that a size that failed is not tried again.
+    """
+
+    def __init__(self, tokens: int):
+        self.tokens = tokens
+
+    def items(self, tokens_per_item: int) -> int:
+        """Items (windows, tiles, tokens) to evaluate at a time."""
+        return max(1, self.tokens // tokens_per_item)
+
+
+def in_chunks(
+    total: int, chunk: ChunkSize, compute: Callable[[int, int], None], tokens_per_item: int = 1
+) -> None:
     """Call compute(start, stop) over [0, total) in chunks; halve a chunk that runs out of memory.
 
     `compute` must write its result last, so that a chunk that failed can be repeated. Cancelling
@@ -270,17 +324,32 @@ def in_chunks(total: int, size: int, compute: Callable[[int, int], None]) -> Non
     start = 0
     while start < total:
         raise_if_cancelled()
-        stop = min(start + size, total)
+        stop = min(start + chunk.items(tokens_per_item), total)
         try:
             compute(start, stop)
         except Exception as error:
             if stop - start == 1 or not is_out_of_memory(error):
                 raise
-            size = (stop - start) // 2
+            chunk.tokens = (stop - start) // 2 * tokens_per_item
             stop = start
         if stop == start:  # outside the handler, whose traceback would keep the tensors alive
             empty_cache()
+        else:
+            _keep_pace()
         start = stop
+
+
+_queued: deque[Mark] = deque()
+
+
+def _keep_pace() -> None:
+    """Let at most two chunks wait on the card, so that cancelling and progress are prompt."""
+    device = comfy.model_management.get_torch_device()
+    if device.type != "cuda":
+        return
+    _queued.append(mark(device))
+    if len(_queued) > 2:
+        _queued.popleft().wait()
 
 
 def build_wan(**config: Any) -> torch.nn.Module:
@@ -453,3 +522,190 @@ def scale_and_crop(images: Tensor, width: int, height: int) -> Tensor:
 def set_conditioning(conditioning: Any, values: dict[str, Any]) -> Any:
     """A copy of a CONDITIONING with `values` set on every entry."""
     return node_helpers.conditioning_set_values(conditioning, values)
+
+
+# The machine and its folders.
+
+
+def compute_device() -> torch.device:
+    """The device that ComfyUI samples on."""
+    return comfy.model_management.get_torch_device()
+
+
+def cpu() -> torch.device:
+    """The device whose memory is the host's."""
+    return torch.device("cpu")
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """The dtype that ComfyUI samples a Wan model in."""
+    if device.type == "cpu":
+        return torch.float32
+    bf16 = comfy.model_management.should_use_bf16(device)
+    return torch.bfloat16 if bf16 else torch.float16
+
+
+def device_name(device: torch.device) -> str:
+    """What a device is called, to keep one machine's measurements from another's."""
+    return f"{comfy.model_management.get_torch_device_name(device)}, torch {torch.__version__}"
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory that a device has in all."""
+    return int(comfy.model_management.get_total_memory(device))
+
+
+def free_disk() -> int:
+    """Bytes free where ComfyUI writes its videos."""
+    output = Path(folder_paths.get_output_directory())
+    while not output.exists():  # ComfyUI makes it with the first file
+        output = output.parent
+    return shutil.disk_usage(output).free
+
+
+def user_folder() -> Path:
+    """Where ComfyUI keeps a user's files."""
+    return Path(folder_paths.get_user_directory())
+
+
+def model_file(name: str) -> Path | None:
+    """The file of a diffusion model as the loaders list it, or None where there is none."""
+    for folder in ("diffusion_models", "checkpoints"):
+        if found := folder_paths.get_full_path(folder, name):
+            return Path(found)
+    return None
+
+
+# --- LoRAs -----------------------------------------------------------------------------------
+
+
+def lora_names() -> list[str]:
+    """The files in ComfyUI's loras folders."""
+    return folder_paths.get_filename_list("loras")
+
+
+def lora_path(name: str) -> str:
+    """The path of a file in ComfyUI's loras folders.
+
+    Raises:
+        FileNotFoundError: there is none of that name.
+    """
+    return folder_paths.get_full_path_or_raise("loras", name)
+
+
+# --- Training -------------------------------------------------------------------------------
+
+
+@contextmanager
+def training() -> Iterator[None]:
+    """Autograd on, ComfyUI's differentiable paths on, whatever mode the caller runs in."""
+    before = comfy.model_management.in_training
+    comfy.model_management.in_training = True
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        comfy.model_management.in_training = before
+
+
+def differentiable_attention(_: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """PyTorch's attention in place of the one that the start flags chose (an override)."""
+    return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
+
+
+@contextmanager
+def weights(module: Any, like: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """A layer's weight and bias as `like`, dequantised; they may be gone after the block."""
+    weight, bias, offloaded = comfy.ops.cast_bias_weight(module, like, offloadable=True)
+    quantised = getattr(comfy.ops, "QuantizedTensor", None)
+    try:
+        if quantised is not None and isinstance(weight, quantised):
+            yield weight.dequantize().to(like.dtype), bias
+        else:
+            yield weight, bias
+    finally:
+        comfy.ops.uncast_bias_weight(module, weight, bias, offloaded)
+
+
+def linear_input_gradient(linear: Any, gradient: Tensor) -> Tensor:
+    """The gradient of a linear layer's input from that of its output [..., out] -> [..., in].
+
+    A layer of another pack (GGUF) that keeps its weight in its own way is run once more instead.
+    """
+    if type(linear).forward.__module__ == "comfy.ops":
+        with weights(linear, gradient) as (weight, _):
+            return gradient @ weight
+    with torch.enable_grad():
+        shape = (*gradient.shape[:-1], linear.in_features)
+        x = torch.zeros(shape, dtype=gradient.dtype, device=gradient.device, requires_grad=True)
+        return torch.autograd.grad(linear(x), x, gradient)[0]
+
+
+def load_for_training(model: Any, dtype: torch.dtype, activation_bytes: int) -> Any:
+    """A clone of `model` that computes in `dtype`, on its device with its LoRAs applied.
+
+    Args:
+        activation_bytes: device memory to leave free; what weights do not fit are offloaded.
+    """
+    clone = model.clone()
+    clone.set_model_compute_dtype(dtype)
+    comfy.model_management.load_models_gpu([clone], memory_required=activation_bytes)
+    return clone
+
+
+def load_device(model: Any) -> torch.device:
+    """Where a model computes."""
+    return model.load_device
+
+
+def encode_frames(vae: Any, pixels: Tensor) -> Tensor:
+    """Frames [N, H, W, 3] in 0 to 1 -> ComfyUI latent [1, C, T, H', W'], float32 on the CPU."""
+    return vae.encode(pixels).float().cpu()
+
+
+def encode_text(clip: Any, text: str) -> Tensor:
+    """A prompt as Wan's cross-attention reads it: [1, L, C], float32 on the CPU."""
+    return clip.encode_from_tokens_scheduled(clip.tokenize(text))[0][0].float().cpu()
+
+
+def vae_state(vae: Any) -> dict[str, Tensor]:
+    """The weights of a VAE."""
+    return vae.first_stage_model.state_dict()
+
+
+def output_folder() -> str:
+    """ComfyUI's output folder."""
+    return folder_paths.get_output_directory()
+
+
+def input_folder() -> str:
+    """ComfyUI's input folder."""
+    return folder_paths.get_input_directory()
+
+
+def lora_folder() -> str:
+    """The first of ComfyUI's loras folders, where a new LoRA is saved."""
+    return folder_paths.get_folder_paths("loras")[0]
+
+
+def preview_bar(total: int, size: int) -> Callable[[int, Any], None]:
+    """A node's progress bar that can show a picture; call it with steps done and PIL or None.
+
+    Args:
+        size: longest side of the picture in pixels.
+    """
+    bar = comfy.utils.ProgressBar(total)
+
+    def show(done: int, picture: Any) -> None:
+        bar.update_absolute(done, total, picture and ("PNG", picture, size))
+
+    return show
+
+
+def load_wan_files(model: Any, text_encoder: Any, vae: Any) -> tuple[Any, Any, Any]:
+    """MODEL, CLIP and VAE from the paths of their files, through the stock loaders."""
+    return (
+        comfy.sd.load_diffusion_model(str(model)),
+        comfy.sd.load_clip([str(text_encoder)], clip_type=comfy.sd.CLIPType.WAN),
+        comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(vae))),
+    )

@@ -44,6 +44,7 @@ class Workload:
         ring_tokens: tokens whose keys and values sliding windows keep, of one item.
         window_keys: keys that one window or tile reads.
         keep_guide: whether the guide's keys and values serve every step.
+        conditionings: how many of them keep a guide of their own (2 when they run one by one).
     """
 
     dim: int
@@ -55,6 +56,7 @@ class Workload:
     ring_tokens: int
     window_keys: int
     keep_guide: bool
+    conditionings: int = 1
 
     @property
     def token_bytes(self) -> int:
@@ -64,7 +66,7 @@ class Workload:
     @property
     def guide_bytes(self) -> int:
         """Keys and values of the guide in every block, where they are kept."""
-        pairs = 2 * self.layers if self.keep_guide else 2
+        pairs = 2 * self.layers * self.conditionings if self.keep_guide else 2
         return pairs * self.guide_tokens * self.dim * self.itemsize
 
     @property
@@ -100,12 +102,14 @@ def plan_memory(work: Workload, free: int, host_free: int, most_chunk: int) -> M
 
     What every step needs most goes onto the device first: a working chunk, the target tokens, then
     the guide's keys; what is left makes the chunk larger. The guide's keys are kept in host memory
-    only where they take less than half of it.
+    only where they take less than half of it: pinned memory is handed out in powers of two.
     """
     left = free - work.least_chunk_bytes - work.ring_bytes
     tokens_on_device = work.token_bytes <= left
     if tokens_on_device:
         left -= work.token_bytes
+    else:
+        host_free -= work.token_bytes
     guide = "recompute"
     if work.keep_guide and work.guide_tokens:
         if work.guide_bytes <= left // 2:

@@ -16,34 +16,32 @@ class RunProgress:
     The number of forwards per step is learned from the first step.
 
     Args:
-        steps: sampling steps, 0 where unknown.
+        schedule: noise levels of the run, falling; empty where unknown.
         blocks: blocks of the model.
     """
 
-    def __init__(self, steps: int, blocks: int):
-        self.steps = steps
+    def __init__(self, schedule: tuple[float, ...], blocks: int):
+        self.schedule = schedule[:-1]
+        self.steps = len(self.schedule)
         self.blocks = blocks
         self._step = 0
-        self._sigma: float | None = None
         self._forward = 0
         self._forwards_per_step = 1
         self._begun = time.monotonic()
         self._spoken = 0.0
 
-    def begin_forward(self, sigma: float | None) -> None:
-        """A forward at noise level `sigma` begins; a new level is a new step."""
-        if sigma == self._sigma and self._step:
-            self._forward += 1
-        else:
-            self._step += 1
-            self._forward = 0
-            self._sigma = sigma
+    def begin_forward(self, sigma: float) -> None:
+        """A forward at noise level `sigma` begins; samplers may also visit levels in between."""
+        reached = sum(level >= sigma * (1 - 1e-4) for level in self.schedule)
+        step = max(1, reached, self._step)
+        self._forward = self._forward + 1 if step == self._step else 0
+        self._step = step
         self._forwards_per_step = max(self._forwards_per_step, self._forward + 1)
 
     def fraction(self, block: int) -> float:
         """Share of the run that is done when `block` blocks of this forward are."""
         in_step = (self._forward + block / self.blocks) / self._forwards_per_step
-        return (self._step - 1 + in_step) / max(1, self.steps)
+        return min(1.0, (self._step - 1 + in_step) / max(1, self.steps))
 
     def at_block(self, block: int, phase: str) -> None:
         """Block number `block` of this forward begins."""

@@ -31,19 +31,18 @@ class SamplingRun:
         self.guide_keys: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
         self._progress: RunProgress | None = None
         self._noise: Tensor | None = None
-        self._attention: dict[int, tuple[Any, Any]] = {}
+        self._made: dict[tuple, Any] = {}
 
-    def attention_of(self, settings: Any, make: Callable[[], T]) -> T:
-        """The run's one window attention for these settings, made at first use."""
-        kept = self._attention.get(id(settings))
-        if kept is None:
-            kept = self._attention[id(settings)] = (settings, make())
-        return kept[1]
+    def once(self, key: tuple, make: Callable[[], T]) -> T:
+        """What `make` gave the first time it was asked for under this key in this run."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
-    def progress(self, steps: int, blocks: int) -> RunProgress:
+    def progress(self, schedule: tuple[float, ...], blocks: int) -> RunProgress:
         """The run's one progress report."""
         if self._progress is None:
-            self._progress = RunProgress(steps, blocks)
+            self._progress = RunProgress(schedule, blocks)
         return self._progress
 
     def noise_like(self, latent: Tensor) -> Tensor:
@@ -55,8 +54,9 @@ class SamplingRun:
     def close(self) -> None:
         """Drop every tensor."""
         self.guide_keys.clear()
-        self._attention.clear()
+        self._made.clear()
         self._noise = None
+        host.release_pinned()
 
 
 def run_of(options: dict) -> SamplingRun:
@@ -80,6 +80,7 @@ def open_run(executor: Any, noise: Tensor, latent_image: Tensor, *args: Any, **k
     run = SamplingRun(seed or 0, keep_guide=not host.has_scheduled_weights(guider.model_patcher))
     options = guider.model_options.setdefault("transformer_options", {})
     options[KEY] = run
+    host.make_innermost(options, KEY)
     try:
         return executor(noise, latent_image, *args, **kwargs)
     finally:

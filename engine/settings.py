@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .grid import Grid
+from .lora import GuideLora
 from .plan import Plan
 from .windows import COMPACT, trained_size
 
@@ -38,15 +39,28 @@ class DetailSettings:
     sigma_end: float
     budget: int | None = None
     """Bytes of device memory beside the weights, or None for what is free."""
+    attention: str = "auto"
+    keep_blocks: int = 0
+    """Blocks of 128 keys that a window reads, 0 for all."""
+    guide_lora: GuideLora | None = None
 
 
-def preset_window(preset: str, plan: Plan, custom: Grid) -> Grid:
+def preset_window(
+    preset: str, plan: Plan, custom: Grid, guide_lora: GuideLora | None = None
+) -> Grid:
     """The window of a preset: `compact`, `trained size`, or `custom`, which gives its own sizes.
+
+    `auto` is the window that the guide LoRA was trained with, else compact; without a guide LoRA
+    it is the trained size.
 
     Raises:
         ValueError: unknown preset, or a custom size below 1.
     """
-    presets = {"compact": COMPACT, "trained size": trained_size(plan.proxy_tokens)}
+    trained = trained_size(plan.proxy_tokens)
+    presets = {"auto": trained, "compact": COMPACT, "trained size": trained}
+    if guide_lora is not None:
+        recipe = guide_lora.file.recipe
+        presets["auto"] = (recipe and recipe.window) or COMPACT
     if preset == "custom":
         if min(custom) < 1:
             raise ValueError(f"The custom window is {custom}; every side must be at least 1 token.")
@@ -54,3 +68,13 @@ def preset_window(preset: str, plan: Plan, custom: Grid) -> Grid:
     if preset not in presets:
         raise ValueError(f"window is {preset!r}; allowed are {', '.join(presets)}, custom.")
     return presets[preset]
+
+
+def preset_guide_noise(guide_noise: str, guide_lora: GuideLora | None) -> str:
+    """`auto` is what the guide LoRA was trained with, else clean; without one it is matched."""
+    if guide_noise != "auto":
+        return guide_noise
+    if guide_lora is None:
+        return "matched"
+    recipe = guide_lora.file.recipe
+    return (recipe and recipe.guide_noise) or "clean"

@@ -27,7 +27,7 @@ class WindowGroup:
 
     size: Grid
     tokens: Tensor
-    """Index [windows, tokens] into the target's raster order."""
+    """Index [windows, tokens] into the target's raster order, where the tokens live."""
     freqs: Tensor
     """Rotations [1, tokens, 1, d/2, 2, 2] of the window's own tokens."""
     guide: Tensor | None
@@ -48,22 +48,28 @@ class ShiftedAttention:
         self.windows = windows
         self.alignment = alignment
         self.rope = rope
-        self._groups: dict[int, list[WindowGroup]] = {}
+        self._groups: dict[tuple[int, torch.device, torch.device], list[WindowGroup]] = {}
 
     def evaluate(self, task: BlockTask, index: int) -> None:
-        for group in self.groups(index % 2, task.device):
-            at_a_time = max(1, task.chunk // group.size.count)
-            host.in_chunks(len(group.tokens), at_a_time, partial(self._evaluate, task, group))
+        for group in self.groups(index % 2, task.device, task.tokens.index_device):
+            evaluate = partial(self.evaluate_windows, task, group)
+            host.in_chunks(len(group.tokens), task.chunk, evaluate, group.size.count)
 
-    def groups(self, parity: int, device: torch.device) -> list[WindowGroup]:
+    def groups(
+        self, parity: int, device: torch.device, index_device: torch.device
+    ) -> list[WindowGroup]:
         """The windows of even or odd blocks with everything that depends on geometry alone."""
-        if parity not in self._groups:
-            self._groups[parity] = [
-                self._group(boxes, device) for boxes in self.windows.by_size(parity).values()
+        key = parity, device, index_device
+        if key not in self._groups:
+            self._groups[key] = [
+                self._group(boxes, device, index_device)
+                for boxes in self.windows.by_size(parity).values()
             ]
-        return self._groups[parity]
+        return self._groups[key]
 
-    def _group(self, boxes: list[Box], device: torch.device) -> WindowGroup:
+    def _group(
+        self, boxes: list[Box], device: torch.device, index_device: torch.device
+    ) -> WindowGroup:
         size, guide, tables = boxes[0].size, None, ()
         if self.alignment is not None:
             alignment = self.alignment
@@ -74,10 +80,10 @@ class ShiftedAttention:
                 self.rope.tables(axis, torch.tensor(rows, device=device))
                 for axis, rows in enumerate(offsets)
             )
-        tokens = flat_index(self.windows.grid, starts_of(boxes, device), size)
+        tokens = flat_index(self.windows.grid, starts_of(boxes, index_device), size)
         return WindowGroup(size, tokens, self.rope.box(size, device), guide, tables)
 
-    def _evaluate(self, task: BlockTask, group: WindowGroup, start: int, stop: int) -> None:
+    def evaluate_windows(self, task: BlockTask, group: WindowGroup, start: int, stop: int) -> None:
         """Windows start to stop of a group."""
         index = group.tokens[start:stop].flatten()
         x, modulation = task.read(index)
@@ -87,10 +93,8 @@ class ShiftedAttention:
         q = blocks.rotate(blocks.queries(attention, y), task.heads, group.freqs)
         k = blocks.rotate(blocks.keys(attention, y), task.heads, group.freqs)
         v = attention.v(y)
-        if task.guide is not None:
-            guide_k, guide_v = _aligned_guide(task, group, slice(start, stop))
-            k, v = torch.cat([k, guide_k], dim=1), torch.cat([v, guide_v], dim=1)
-        attended = task.attend(q, k, v)
+        guide = _aligned_guide(task, group, slice(start, stop)) if task.guide else None
+        attended = task.attend(q, k, v, group.size, guide)
         del y, q, k, v
         task.finish(x, attended, modulation, index)
 

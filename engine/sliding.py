@@ -30,6 +30,8 @@ class TileGroup:
 
     size: Grid
     tiles: Tensor
+    stored: Tensor
+    """`tiles`, where the tokens live."""
     keys: Tensor
     guide: Tensor | None
     last_slice: int
@@ -63,11 +65,14 @@ class SlidingAttention:
         self.alignment = alignment
         self.rope = rope
         self.axis = windows.axis
-        self._prepared: tuple[list[TileGroup], list[Tensor], Tensor | None] | None = None
+        self._prepared: dict[
+            tuple[torch.device, torch.device],
+            tuple[list[TileGroup], list[Tensor], Tensor | None],
+        ] = {}
 
     def evaluate(self, task: BlockTask, index: int) -> None:
         del index  # the tiles are the same in every block
-        groups, tables, guide_freqs = self._prepare(task.device)
+        groups, tables, guide_freqs = self._prepare(task.device, task.tokens.index_device)
         ring = Ring(self.windows.ring, task.modulation.rows[0])
         guide = None
         if task.guide is not None:
@@ -76,19 +81,22 @@ class SlidingAttention:
             guide = blocks.rotate(keys[None], task.heads, guide_freqs)[0], values
         for group in groups:
             self._fill(task, ring, group.last_slice, tables)
-            keys_per_tile = self.windows.window.count + (
-                self.alignment.count.count if guide and self.alignment else 0
-            )
-            at_a_time = max(1, 2 * task.chunk // (group.size.count + keys_per_tile))
+            keys_per_tile = self.windows.window.count
+            if guide is not None and self.alignment is not None:
+                keys_per_tile += self.alignment.count.count
             host.in_chunks(
                 len(group.tiles),
-                at_a_time,
+                task.chunk,
                 partial(self._evaluate, task, ring, guide, group, tables),
+                (group.size.count + keys_per_tile) // 2,
             )
 
-    def _prepare(self, device: torch.device) -> tuple[list[TileGroup], list[Tensor], Tensor | None]:
+    def _prepare(
+        self, device: torch.device, index_device: torch.device
+    ) -> tuple[list[TileGroup], list[Tensor], Tensor | None]:
         """Tiles in streaming order, per-axis rotations of the target, rotations of the guide."""
-        if self._prepared is None:
+        key = device, index_device
+        if key not in self._prepared:
             tables = [
                 self.rope.table(axis, torch.arange(n, device=device))
                 for axis, n in enumerate(self.windows.grid)
@@ -101,10 +109,10 @@ class SlidingAttention:
                         for axis, positions in enumerate(self.alignment.positions)
                     ]
                 )
-            self._prepared = self._groups(device), tables, guide_freqs
-        return self._prepared
+            self._prepared[key] = self._groups(device, index_device), tables, guide_freqs
+        return self._prepared[key]
 
-    def _groups(self, device: torch.device) -> list[TileGroup]:
+    def _groups(self, device: torch.device, index_device: torch.device) -> list[TileGroup]:
         by_place: dict[tuple[int, Grid], list[Box]] = defaultdict(list)
         for tile in self.windows.tiles():
             by_place[tile.start[self.axis], tile.size].append(tile)
@@ -118,6 +126,7 @@ class SlidingAttention:
                 TileGroup(
                     tiles[0].size,
                     starts_of(tiles, device),
+                    starts_of(tiles, index_device),
                     starts_of(keys, device),
                     guide,
                     keys[0].start[self.axis] + keys[0].size[self.axis],
@@ -133,13 +142,13 @@ class SlidingAttention:
         start[self.axis], size[self.axis] = ring.filled, last - ring.filled
         starts = torch.tensor([start], device=task.device)
         index = flat_index(self.windows.grid, starts, Grid(*size))[0]
+        stored = index.to(task.tokens.index_device)
         slot = flat_index(ring.grid, starts, Grid(*size), wrap=ring.grid)[0]
 
         def compute(begin: int, end: int) -> None:
-            part = index[begin:end]
-            x, modulation = task.read(part)
+            x, modulation = task.read(stored[begin:end])
             y = blocks.attention_input(task.block, x, modulation)
-            freqs = self._rotations_of(part, tables)
+            freqs = self._rotations_of(index[begin:end], tables)
             keys = blocks.rotate(blocks.keys(task.block.self_attn, y), task.heads, freqs)
             values = task.block.self_attn.v(y)
             ring.keys[slot[begin:end]] = keys[0]
@@ -168,19 +177,21 @@ class SlidingAttention:
         """Tiles start to stop of a group."""
         windows = self.windows
         index = flat_index(windows.grid, group.tiles[start:stop], group.size).flatten()
-        x, modulation = task.read(index)
+        stored = flat_index(windows.grid, group.stored[start:stop], group.size).flatten()
+        x, modulation = task.read(stored)
         y = blocks.attention_input(task.block, x, modulation)
         q = blocks.queries(task.block.self_attn, y)
         q = blocks.rotate(q, task.heads, self._rotations_of(index, tables))
         q = q.view(stop - start, group.size.count, -1)
         read = flat_index(ring.grid, group.keys[start:stop], windows.window, wrap=ring.grid)
         k, v = ring.keys[read], ring.values[read]
+        aligned = None
         if guide is not None:
             assert self.alignment is not None
             assert group.guide is not None
-            aligned = group.guide[start:stop]
-            read = flat_index(self.alignment.guide, aligned, self.alignment.count)
-            k, v = torch.cat([k, guide[0][read]], dim=1), torch.cat([v, guide[1][read]], dim=1)
-        attended = task.attend(q, k, v)
+            starts = group.guide[start:stop]
+            read = flat_index(self.alignment.guide, starts, self.alignment.count)
+            aligned = guide[0][read], guide[1][read]
+        attended = task.attend(q, k, v, windows.window, aligned)
         del y, q, k, v
-        task.finish(x, attended, modulation, index)
+        task.finish(x, attended, modulation, stored)

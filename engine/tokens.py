@@ -14,8 +14,13 @@ from . import host
 class Tokens(Protocol):
     """Tokens [F * h * w, C] that blocks read and overwrite by raster index."""
 
+    @property
+    def index_device(self) -> torch.device:
+        """Where indices must be, so that nothing waits for the computing device."""
+        ...
+
     def read(self, index: Tensor) -> Tensor:
-        """Tokens [n, C] at indices [n] (on the computing device), as a tensor of its own."""
+        """Tokens [n, C] at indices [n], on the computing device, as a tensor of its own."""
         ...
 
     def write(self, index: Tensor, values: Tensor) -> None:
@@ -32,6 +37,10 @@ class DeviceTokens:
 
     def __init__(self, values: Tensor):
         self.values = values
+
+    @property
+    def index_device(self) -> torch.device:
+        return self.values.device
 
     def read(self, index: Tensor) -> Tensor:
         return self.values[index]
@@ -58,26 +67,36 @@ class HostTokens:
         self._worker = ThreadPoolExecutor(1, "atlasvid-tokens")
         self._pending: list[Future[None]] = []
 
+    @property
+    def index_device(self) -> torch.device:
+        return self.values.device
+
     def read(self, index: Tensor) -> Tensor:
-        gathered = host.host_buffer(
-            (len(index), self.values.shape[1]), self.values.dtype, self.device
-        )
-        torch.index_select(self.values, 0, index.cpu(), out=gathered)
+        shape = (len(index), self.values.shape[1])
+        gathered = host.host_buffer(shape, self.values.dtype, self.device)
+        torch.index_select(self.values, 0, index, out=gathered)
         return gathered.to(self.device, non_blocking=True, copy=True)
 
     def write(self, index: Tensor, values: Tensor) -> None:
         while len(self._pending) >= self.WAITING:
-            self._pending.pop(0).result()
+            self._finish_oldest()
         ready = host.mark(self.device)
         self._pending.append(self._worker.submit(self._store, index, values, ready))
 
     def _store(self, index: Tensor, values: Tensor, ready: host.Mark) -> None:
         with torch.inference_mode(), ready.after():
-            self.values[index.cpu()] = values.cpu()
+            staged = host.host_buffer(tuple(values.shape), values.dtype, self.device)
+            self.values[index] = staged.copy_(values)
 
     def settle(self) -> None:
         while self._pending:
+            self._finish_oldest()
+
+    def _finish_oldest(self) -> None:
+        try:
             self._pending.pop(0).result()
+        except Exception as error:  # of an earlier chunk: the one being computed cannot mend it
+            raise RuntimeError(f"AtlasVid could not keep tokens on the host: {error!r}") from error
 
     def close(self) -> None:
         """Wait for the worker and let it go."""

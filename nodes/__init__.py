@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from . import routes
 from .decode import AtlasVidDecode, AtlasVidDecodeToVideo
 from .detail import (
     AtlasVidDetailLatent,
@@ -9,9 +10,11 @@ from .detail import (
     AtlasVidStructureGuidance,
 )
 from .encode import AtlasVidEncode, AtlasVidImageToVideo
+from .lora import AtlasVidGuideLoRA
 from .plan import AtlasVidPlan
 from .rope import AtlasVidRoPE
 from .tiny import AtlasVidTinyModels
+from .train import AtlasVidTrainLoRA
 
 NODES: list[type[io.ComfyNode]] = [
     AtlasVidPlan,
@@ -19,6 +22,8 @@ NODES: list[type[io.ComfyNode]] = [
     AtlasVidDetailLatent,
     AtlasVidHierarchicalAttention,
     AtlasVidStructureGuidance,
+    AtlasVidGuideLoRA,
+    AtlasVidTrainLoRA,
     AtlasVidTinyModels,
     AtlasVidDecode,
     AtlasVidDecodeToVideo,
@@ -35,4 +40,5 @@ class AtlasVidExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> AtlasVidExtension:
+    routes.register()
     return AtlasVidExtension()

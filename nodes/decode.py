@@ -6,20 +6,12 @@ from comfy_api.latest import io
 
 from ..engine.vae.decode import TiledDecoder, decode_images
 from ..engine.vae.video import StreamedVideo
-from .types import CATEGORY
+from .types import CATEGORY, memory_budget_input
 
-BUDGETS = ["auto", "1 GB", "2 GB", "3 GB", "4 GB", "6 GB", "8 GB", "12 GB", "16 GB", "24 GB"]
-
-
-def memory_budget_input() -> io.Combo.Input:
-    return io.Combo.Input(
-        "memory_budget",
-        options=BUDGETS,
-        default="auto",
-        advanced=True,
-        tooltip="Working memory for one tile. auto takes tiles that lose under 10 % to their "
-        "overlap and fit the free memory. Less memory means smaller tiles: slower, same pixels.",
-    )
+TILE_MEMORY = (
+    "Working memory for one tile. auto takes tiles that lose under 10 % to their overlap and fit "
+    "the free memory. Less memory means smaller tiles: slower, same pixels."
+)
 
 
 class AtlasVidDecode(io.ComfyNode):
@@ -37,7 +29,7 @@ class AtlasVidDecode(io.ComfyNode):
             inputs=[
                 io.Latent.Input("samples", tooltip="The video latent to decode."),
                 io.Vae.Input("vae", tooltip="A Wan 2.1 or Wan 2.2 VAE."),
-                memory_budget_input(),
+                memory_budget_input(TILE_MEMORY),
             ],
             outputs=[
                 io.Image.Output(
@@ -48,7 +40,7 @@ class AtlasVidDecode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, samples, vae, memory_budget) -> io.NodeOutput:
+    def execute(cls, samples, vae, memory_budget="auto") -> io.NodeOutput:
         return io.NodeOutput(decode_images(vae, samples["samples"], memory_budget))
 
 
@@ -75,7 +67,7 @@ class AtlasVidDecodeToVideo(io.ComfyNode):
                     step=1.0,
                     tooltip="Frames per second of the video.",
                 ),
-                memory_budget_input(),
+                memory_budget_input(TILE_MEMORY),
                 io.Audio.Input("audio", optional=True, tooltip="Sound to add to the video."),
                 io.Int.Input(
                     "bit_depth",
@@ -99,6 +91,8 @@ class AtlasVidDecodeToVideo(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, samples, vae, fps, memory_budget, audio=None, bit_depth=8) -> io.NodeOutput:
+    def execute(
+        cls, samples, vae, fps, memory_budget="auto", audio=None, bit_depth=8
+    ) -> io.NodeOutput:
         tiled = TiledDecoder(vae, samples["samples"], memory_budget)
         return io.NodeOutput(StreamedVideo(tiled, Fraction(fps), audio, bit_depth))

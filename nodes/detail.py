@@ -2,12 +2,13 @@
 
 from comfy_api.latest import io
 
+from ..engine.attention import BACKENDS
 from ..engine.detail import apply_detail_branch
 from ..engine.grid import Grid
 from ..engine.guidance import apply_structure_guidance
 from ..engine.latents import require_proxy, upscale_proxy
-from ..engine.settings import GUIDE_NOISE, OVERLAPS, preset_window
-from .types import CATEGORY, PlanType, memory_budget_input
+from ..engine.settings import GUIDE_NOISE, OVERLAPS, preset_guide_noise, preset_window
+from .types import CATEGORY, GuideLoraType, PlanType, memory_budget_input
 
 
 class AtlasVidDetailLatent(io.ComfyNode):
@@ -52,6 +53,7 @@ class AtlasVidHierarchicalAttention(io.ComfyNode):
                 io.DynamicCombo.Input(
                     "window",
                     options=[
+                        io.DynamicCombo.Option("auto", []),
                         io.DynamicCombo.Option("compact", []),
                         io.DynamicCombo.Option("trained size", []),
                         io.DynamicCombo.Option(
@@ -72,7 +74,8 @@ class AtlasVidHierarchicalAttention(io.ComfyNode):
                             ],
                         ),
                     ],
-                    tooltip="compact: 4 x 16 x 16 tokens, fastest, for use with a guide LoRA. "
+                    tooltip="auto: what the guide LoRA was trained with, trained size without one. "
+                    "compact: 4 x 16 x 16 tokens, fastest, for use with a guide LoRA. "
                     "trained size: the proxy's own grid, for the model as it is. "
                     "custom: your own sizes.",
                 ),
@@ -86,9 +89,10 @@ class AtlasVidHierarchicalAttention(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "guide_noise",
-                    options=list(GUIDE_NOISE),
-                    default="matched",
-                    tooltip="matched: the proxy is noised to the step's level, for the model as "
+                    options=["auto", *GUIDE_NOISE],
+                    default="auto",
+                    tooltip="auto: clean with a guide LoRA, matched without one. "
+                    "matched: the proxy is noised to the step's level, for the model as "
                     "it is. clean: the proxy as it is, for use with a guide LoRA.",
                 ),
                 io.Float.Input(
@@ -114,10 +118,35 @@ class AtlasVidHierarchicalAttention(io.ComfyNode):
                     "free. With less, work is done in smaller pieces and, if need be, tokens "
                     "stream from the computer's memory: slower, same result."
                 ),
+                io.Combo.Input(
+                    "attention",
+                    options=list(BACKENDS),
+                    default=BACKENDS[0],
+                    optional=True,
+                    advanced=True,
+                    tooltip="auto: what ComfyUI was started with. The others when installed; "
+                    "sage is checked against PyTorch's at first use.",
+                ),
+                io.Int.Input(
+                    "keep_blocks",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Blocks of 128 keys that a window reads, the most relevant ones; "
+                    "saves time in large windows. 0 reads all: exact.",
+                ),
                 io.Latent.Input(
                     "proxy",
                     optional=True,
                     tooltip="The sampled proxy that guides the target. Without it, windows only.",
+                ),
+                GuideLoraType.Input(
+                    "guide_lora",
+                    optional=True,
+                    tooltip="A LoRA that acts on the guide only; the target keeps the model's own "
+                    "weights and LoRAs.",
                 ),
             ],
             outputs=[io.Model.Output("model", tooltip="The model, ready to sample the target.")],
@@ -134,13 +163,30 @@ class AtlasVidHierarchicalAttention(io.ComfyNode):
         start_percent,
         end_percent,
         memory_budget="auto",
+        attention="auto",
+        keep_blocks=0,
         proxy=None,
+        guide_lora=None,
     ) -> io.NodeOutput:
         custom = Grid(*(window.get(side, 1) for side in ("frames", "height", "width")))
-        size = preset_window(window["window"], plan, custom)
+        size = preset_window(window["window"], plan, custom, guide_lora)
+        noise = preset_guide_noise(guide_noise, guide_lora)
         samples = None if proxy is None else proxy["samples"]
         return io.NodeOutput(
-            apply_detail_branch(model, plan, samples, size, guide_noise, start_percent, end_percent)
+            apply_detail_branch(
+                model,
+                plan,
+                samples,
+                size,
+                noise,
+                start_percent,
+                end_percent,
+                overlap,
+                memory_budget,
+                attention,
+                keep_blocks,
+                guide_lora,
+            )
         )
 
 

@@ -7,8 +7,8 @@ from ..engine import host
 from ..engine.vae.encode import encode_frames, start_image_latents
 from ..engine.vae.sources import frame_source
 from ..engine.vae.wan import latent_count
-from .decode import memory_budget_input
-from .types import CATEGORY
+from .decode import TILE_MEMORY
+from .types import CATEGORY, memory_budget_input
 
 
 class AtlasVidEncode(io.ComfyNode):
@@ -31,13 +31,13 @@ class AtlasVidEncode(io.ComfyNode):
                     "multiples of 8 (Wan 2.1 VAE) or 16 (Wan 2.2 VAE), around the centre.",
                 ),
                 io.Vae.Input("vae", tooltip="A Wan 2.1 or Wan 2.2 VAE."),
-                memory_budget_input(),
+                memory_budget_input(TILE_MEMORY),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="The clip as a latent.")],
         )
 
     @classmethod
-    def execute(cls, pixels, vae, memory_budget) -> io.NodeOutput:
+    def execute(cls, pixels, vae, memory_budget="auto") -> io.NodeOutput:
         return io.NodeOutput({"samples": encode_frames(vae, frame_source(pixels), memory_budget)})
 
 
@@ -72,7 +72,7 @@ class AtlasVidImageToVideo(io.ComfyNode):
                     "start_image",
                     tooltip="The first frame or frames; scaled and cropped to the video's size.",
                 ),
-                memory_budget_input(),
+                memory_budget_input(TILE_MEMORY),
                 io.ClipVisionOutput.Input(
                     "clip_vision_output",
                     optional=True,
@@ -102,7 +102,7 @@ class AtlasVidImageToVideo(io.ComfyNode):
         height,
         frames,
         start_image,
-        memory_budget,
+        memory_budget="auto",
         clip_vision_output=None,
     ) -> io.NodeOutput:
         image, mask = start_image_latents(vae, start_image, width, height, frames, memory_budget)

@@ -1,9 +1,10 @@
 """The plan of a video."""
 
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..engine import host
+from ..engine.overview import shape_record
 from ..engine.plan import MAX_SIDE, MAX_STRIDE, MIN_SIDE, make_plan
 from .types import CATEGORY, PlanType
 
@@ -97,5 +98,5 @@ class AtlasVidPlan(io.ComfyNode):
             plan.proxy_width,
             plan.proxy_height,
             plan.proxy_frames,
-            ui=ui.PreviewText(plan.describe()),
+            ui={"text": (plan.describe(),), "model_shape": (shape_record(model),)},
         )

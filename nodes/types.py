@@ -5,6 +5,7 @@ from comfy_api.latest import io
 from ..engine.memory import AUTO, BUDGETS
 
 PlanType = io.Custom("ATLASVID_PLAN")
+GuideLoraType = io.Custom("ATLASVID_GUIDE_LORA")
 
 CATEGORY = "AtlasVid"
 

@@ -4,6 +4,7 @@ Independent of the engine: it shares the stock block's linear layers and nothing
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -93,8 +94,12 @@ def dense_forward(
     stride=4,
     clip_fea=None,
     overlap="shifted",
+    adapted=nullcontext,
 ):
-    """x [B, C, T, H, W], guide [B, C, F_g, H_g, W_g] already noised -> [B, C_out, T, H, W]."""
+    """x [B, C, T, H, W], guide [B, C, F_g, H_g, W_g] already noised -> [B, C_out, T, H, W].
+
+    `adapted()` is entered while the model works on the guide's tokens.
+    """
     items = [
         _dense_item(
             model,
@@ -107,13 +112,14 @@ def dense_forward(
             stride,
             None if clip_fea is None else clip_fea[b : b + 1],
             overlap,
+            adapted,
         )
         for b in range(len(x))
     ]
     return torch.cat(items)
 
 
-def _dense_item(model, x, t, context, window, guide, guide_t, stride, clip_fea, overlap):
+def _dense_item(model, x, t, context, window, guide, guide_t, stride, clip_fea, overlap, adapted):
     heads = model.num_heads
     tokens, (f, h, w) = embed(model, x)
     e = time_rows(model, t)
@@ -127,7 +133,8 @@ def _dense_item(model, x, t, context, window, guide, guide_t, stride, clip_fea, 
         image_tokens = clip_fea.shape[1]
     if guide is not None:
         g, (fg, hg, wg) = embed(model, guide)
-        ge = time_rows(model, guide_t)
+        with adapted():
+            ge = time_rows(model, guide_t)
         g_frames = torch.arange(fg).repeat_interleave(hg * wg)
         g_row = g_frames if ge.shape[1] > 1 else torch.zeros_like(g_frames)
         g_own = grid_positions(stride * torch.arange(fg), torch.arange(hg), torch.arange(wg))
@@ -156,10 +163,11 @@ def _dense_item(model, x, t, context, window, guide, guide_t, stride, clip_fea, 
         q, k = turn(split(attn.norm_q(attn.q(y))), own), turn(split(attn.norm_k(attn.k(y))), own)
         v = split(attn.v(y))
         if guide is not None:
-            gm = rows(block, ge, g_row)
-            gy = block.norm1(g) * (1 + gm[1]) + gm[0]
-            gk = split(attn.norm_k(attn.k(gy)))
-            gv = split(attn.v(gy))
+            with adapted():
+                gm = rows(block, ge, g_row)
+                gy = block.norm1(g) * (1 + gm[1]) + gm[0]
+                gk = split(attn.norm_k(attn.k(gy)))
+                gv = split(attn.v(gy))
             spacing = (stride, h / hg, w / wg)
             reads = [
                 axis_reads(c, a, p, s)
@@ -173,9 +181,10 @@ def _dense_item(model, x, t, context, window, guide, guide_t, stride, clip_fea, 
                 torch.cat([v, gv]),
                 torch.cat([mask, seen], 1),
             )
-            gq = turn(split(attn.norm_q(attn.q(gy))), g_own)
-            g_out = attend(gq, turn(gk, g_own), gv, torch.ones(len(gq), len(gq)).bool())
-            g = _rest(block, g, g_out, gm, text, image_tokens)
+            with adapted():
+                gq = turn(split(attn.norm_q(attn.q(gy))), g_own)
+                g_out = attend(gq, turn(gk, g_own), gv, torch.ones(len(gq), len(gq)).bool())
+                g = _rest(block, g, g_out, gm, text, image_tokens)
         else:
             out = attend(q, k, v, mask)
         tokens = _rest(block, tokens, out, m, text, image_tokens)

@@ -57,4 +57,4 @@ def rand(*shape, seed=0):
 
 
 def relative_error(a, b):
-    return float((a - b).abs().max() / b.abs().max())
+    return float((a - b).detach().abs().max() / b.detach().abs().max())

@@ -25,12 +25,16 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape(256, 1024, 4, "float32"),
+    "tiny, one block": Shape(256, 1024, 1, "float32"),
     "1.3B": Shape(1536, 8960, 30, "bfloat16"),
-    "14B": Shape(5120, 13824, 40, "bfloat16"),
+    "1.3B, one block": Shape(1536, 8960, 1, "bfloat16"),
+    "14B fp8": Shape(5120, 13824, 40, "float8_e4m3fn"),
 }
 # Token grids (frames, height, width) with a guide of a quarter of the size along every axis.
 AGAINST_STOCK = ((9, 48, 64), (33, 32, 64))
 GROWTH = ((9, 24, 40), (9, 48, 64), (33, 32, 64), (33, 64, 64), (33, 64, 128))
+SPARSE_WINDOW = (8, 32, 32)
+"""64 blocks of 128 keys."""
 UHD_81 = (21, 135, 240)
 UHD_161 = (41, 135, 240)
 
@@ -51,11 +55,25 @@ def run(args: argparse.Namespace) -> None:
     (run_on_cuda if torch.cuda.is_available() else run_on_cpu)(quick=args.quick)
 
 
-def run_one(shape: str, what: str, grid: list[int], repeat: int = 1) -> dict[str, Any]:
-    """Measures `what`: the `stock` forward, `ours`, or `products`, the matrix products of ours."""
+def run_one(
+    shape: str,
+    what: str,
+    grid: list[int],
+    repeat: int = 1,
+    window: list[int] | None = None,
+    keep_blocks: int = 0,
+    cap_gib: float | None = None,
+) -> dict[str, Any]:
+    """Measures `what`: the `stock` forward, `ours`, or `products`, the matrix products of ours.
+
+    `cap_gib` limits the card's memory for this process, weights included.
+    """
     import torch
 
-    bench = Forward(SHAPES[shape], tuple(grid))
+    if cap_gib is not None:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(cap_gib * 2**30 / total)
+    bench = Forward(SHAPES[shape], tuple(grid), window, keep_blocks, cap_gib)
     with torch.inference_mode():
         call = {"stock": bench.stock, "ours": bench.ours, "products": bench.products}[what]
         if repeat > 1:
@@ -67,10 +85,18 @@ def run_one(shape: str, what: str, grid: list[int], repeat: int = 1) -> dict[str
 class Forward:
     """A model of one shape, its inputs and its plan for a token grid."""
 
-    def __init__(self, shape: Shape, grid: tuple[int, int, int]):
+    def __init__(
+        self,
+        shape: Shape,
+        grid: tuple[int, ...],
+        window: list[int] | None = None,
+        keep_blocks: int = 0,
+        cap_gib: float | None = None,
+    ):
         import torch
         from atlasvid.engine import host, tiny
         from atlasvid.engine.detail import apply_detail_branch
+        from atlasvid.engine.grid import Grid
         from atlasvid.engine.plan import Plan
         from atlasvid.engine.windows import COMPACT
 
@@ -99,7 +125,19 @@ class Forward:
             space=space,
         )
         proxy = torch.randn(1, space.channels, *self.plan.proxy_latent)
-        self.patched = apply_detail_branch(self.patcher, self.plan, proxy, COMPACT, "clean")
+        budget = "auto"
+        if cap_gib is not None:  # beside the weights, and beside what the card's libraries take
+            budget = f"{cap_gib - torch.cuda.memory_allocated() / 2**30 - 1:.1f} GB"
+        self.patched = apply_detail_branch(
+            self.patcher,
+            self.plan,
+            proxy,
+            Grid(*window) if window else COMPACT,
+            "clean",
+            memory_budget=budget,
+            keep_blocks=keep_blocks,
+        )
+        dtype = self.patcher.model.get_dtype_inference()
         self.x = torch.randn(1, space.channels, *self.plan.latent).to(device, dtype)
         self.timestep = torch.tensor([500.0], device=device)
         self.text = torch.randn(1, 512, 4096).to(device, dtype)
@@ -143,29 +181,25 @@ class Forward:
         linear += [block.cross_attn.q, block.cross_attn.o, block.ffn[0]]
         x = torch.randn(chunk, model.dim).to(self.x)
         wide = torch.randn(chunk, model.ffn_dim).to(self.x)
-        q = torch.randn(heads * chunk // window, window, 128).to(self.x)
-        k = torch.randn(heads * chunk // window, keys, 128).to(self.x)
-        text = torch.randn(heads, self.text.shape[1], 128).to(self.x)
-        cross = q.view(heads, -1, 128)
+        q = torch.randn(chunk // window, heads, window, 128).to(self.x)
+        k = torch.randn(chunk // window, heads, keys, 128).to(self.x)
+        text = torch.randn(1, heads, self.text.shape[1], 128).to(self.x)
+        cross = q.transpose(0, 1).reshape(1, heads, -1, 128)
         for _ in range(len(model.blocks) * round(tokens / chunk)):
             for layer in linear:
                 layer(x)
             block.ffn[2](wide)
-            for queries, both in ((q, k), (cross, text)):
-                weights = torch.bmm(queries, both.transpose(1, 2))
-                torch.bmm(weights, both)
+            for queries, both in ((q, k), (cross, text)):  # fused: no score matrix in memory
+                torch.nn.functional.scaled_dot_product_attention(queries, both, both)
 
 
 def run_on_cpu(quick: bool) -> None:
     rows = []
     against = AGAINST_STOCK[:1] if quick else AGAINST_STOCK
-    for grid in against:
+    for shape, grid in [("tiny, one block", AGAINST_STOCK[0]), *(("tiny", g) for g in against)]:
         for what, repeat in (("ours", 3), ("products", 3), ("stock", 1)):
-            rows.append(
-                run_case(
-                    "attention", {"shape": "tiny", "what": what, "grid": grid, "repeat": repeat}
-                )
-            )
+            case = {"shape": shape, "what": what, "grid": grid, "repeat": repeat}
+            rows.append(run_case("attention", case))
     growth = [
         run_case("attention", {"shape": "tiny", "what": "ours", "grid": grid, "repeat": 2})
         for grid in (GROWTH[:3] if quick else GROWTH)
@@ -174,6 +208,7 @@ def run_on_cpu(quick: bool) -> None:
     slope = log_slope([(r["tokens"], r["seconds"]) for r in growth])
     text = markdown_table(
         [
+            "Wan",
             "tokens",
             "stock",
             "ours",
@@ -185,9 +220,28 @@ def run_on_cpu(quick: bool) -> None:
         ],
         table,
     )
+    sparse = [
+        run_case("attention", {"shape": "tiny", "what": "ours", "grid": AGAINST_STOCK[0], **choice})
+        for choice in (
+            {"window": SPARSE_WINDOW, "keep_blocks": kept, "repeat": 2} for kept in (0, 16, 8)
+        )
+    ]
+    text += "\n\n" + markdown_table(
+        ["window", "blocks of 128 keys kept", "time", "saved"],
+        [
+            [
+                " x ".join(map(str, SPARSE_WINDOW)),
+                str(row["keep_blocks"] or "all 64"),
+                f"{row['seconds']:.2f} s",
+                f"{1 - row['seconds'] / sparse[0]['seconds']:.0%}",
+            ]
+            for row in sparse
+        ],
+    )
     text += f"\n\nSlope of log time over log tokens, {growth[0]['tokens']:,} to "
     text += f"{growth[-1]['tokens']:,} tokens: {slope:.2f} (full attention: about 2)."
-    save_results("attention_cpu", [*rows, *growth], text)
+    text += "\n\nOn a CUDA card: not measured."
+    save_results("attention_cpu", [*rows, *growth, *sparse], text)
     plot(rows, growth)
 
 
@@ -195,6 +249,7 @@ def _against_stock(rows: list[dict[str, Any]]) -> list[str]:
     ours, products, stock = rows
     mib = 2**20
     return [
+        ours["shape"],
         f"{ours['tokens']:,}",
         f"{stock['seconds']:.2f} s",
         f"{ours['seconds']:.2f} s",
@@ -215,17 +270,19 @@ def log_slope(points: list[tuple[float, float]]) -> float:
 
 
 def run_on_cuda(quick: bool) -> None:
-    cases = [
-        ("1.3B", "ours", UHD_81, 3),
-        ("1.3B", "products", UHD_81, 3),
-        ("1.3B", "ours", UHD_161, 2),
+    cases: list[dict[str, Any]] = [
+        {"shape": "1.3B", "what": "ours", "grid": UHD_81, "repeat": 3},
+        {"shape": "1.3B", "what": "products", "grid": UHD_81, "repeat": 3},
+        {"shape": "1.3B", "what": "ours", "grid": UHD_161, "repeat": 2, "cap_gib": 16},
     ]
     if not quick:
-        cases += [("1.3B", "stock", UHD_81, 1), ("14B", "ours", UHD_81, 1)]
-    rows = [
-        run_case("attention", {"shape": shape, "what": what, "grid": grid, "repeat": repeat})
-        for shape, what, grid, repeat in cases
-    ]
+        cases += [
+            {"shape": "1.3B, one block", "what": "ours", "grid": UHD_81, "repeat": 3},
+            {"shape": "1.3B, one block", "what": "stock", "grid": UHD_81},
+            {"shape": "1.3B", "what": "stock", "grid": UHD_81},
+            {"shape": "14B fp8", "what": "ours", "grid": UHD_161, "cap_gib": 24},
+        ]
+    rows = [run_case("attention", case) for case in cases]
     table = [
         [
             r["shape"],
@@ -249,7 +306,7 @@ def plot(rows: list[dict[str, Any]], growth: list[dict[str, Any]]) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    stock = [r for r in rows if r["what"] == "stock"]
+    stock = [r for r in rows if r["what"] == "stock" and r["shape"] == "tiny"]
     axes.loglog(
         [r["tokens"] for r in growth], [r["seconds"] for r in growth], "o-", label="AtlasVid"
     )

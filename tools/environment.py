@@ -303,10 +303,11 @@ def install(cache: Path, folder: Path, layers: tuple[Layer, ...]) -> Path:
         wanted.write_text("\n".join(layer.requirements) + "\n", "utf-8")
         options = ("-r", str(wanted))
         if layer is not layers[0]:
-            options += ("-c", str(folder / f"{layers[0].name}-pins.txt"))
+            pins = folder / f"{layers[0].name}-pins.txt"  # what the first layer pinned stays
+            exact = [line for line in layers[0].requirements if "==" in line]
+            pins.write_text("\n".join(exact) + "\n", "utf-8")
+            options += ("-c", str(pins))
         pip(python, "install", *options, cache=cache)
-        pins = [line for line in layer.requirements if "==" in line]
-        (folder / f"{layer.name}-pins.txt").write_text("\n".join(pins) + "\n", "utf-8")
         marker(folder, layer).write_text("\n".join(layer.requirements) + "\n", "utf-8")
     return python_in(folder)
 
@@ -364,8 +365,8 @@ def unpack(archive: Path, inside: PurePosixPath, target: Path) -> None:
 # --- The whole ------------------------------------------------------------------------------
 
 
-def layers_for(comfyui: Path, *, tests: bool) -> tuple[Layer, ...]:
-    """What the environment of `comfyui` holds: host, pack and, for tests, their tools."""
+def layers_for(comfyui: Path, *, tests: bool, training: bool = False) -> tuple[Layer, ...]:
+    """What the environment of `comfyui` holds: host, pack and what tests or training need."""
     host = TORCH + read_requirements(
         comfyui / "requirements.txt", without=(*LEFT_OUT, "torch", "torchvision", "torchaudio")
     )
@@ -373,13 +374,18 @@ def layers_for(comfyui: Path, *, tests: bool) -> tuple[Layer, ...]:
         Layer("host", host, needs_gib=12),
         Layer("pack", read_requirements(ROOT / "requirements.txt"), needs_gib=0.5),
     )
-    if not tests:
-        return layers
-    wanted = read_requirements(ROOT / "tests" / "requirements.txt")
-    return (*layers, Layer("test", wanted, needs_gib=1))
+    if training:
+        wanted = read_requirements(ROOT / "requirements-train.txt")
+        layers = (*layers, Layer("train", wanted, needs_gib=0.5))
+    if tests:
+        wanted = read_requirements(ROOT / "tests" / "requirements.txt")
+        layers = (*layers, Layer("test", wanted, needs_gib=1))
+    return layers
 
 
-def prepare(versions: tuple[str, ...] = (COMFYUI,), *, tests: bool = False) -> Setup:
+def prepare(
+    versions: tuple[str, ...] = (COMFYUI,), *, tests: bool = False, training: bool = False
+) -> Setup:
     """Sets up what is missing and returns the whole; seconds when nothing is.
 
     The environment is that of the first version; older ones run in it too.
@@ -389,7 +395,7 @@ def prepare(versions: tuple[str, ...] = (COMFYUI,), *, tests: bool = False) -> S
     with locked(cache):
         remove_leftovers(cache)
         comfyui = {version: fetch_comfyui(cache, version) for version in versions}
-        layers = layers_for(comfyui[versions[0]], tests=tests)
+        layers = layers_for(comfyui[versions[0]], tests=tests, training=training)
         python = install(cache, venv_folder(cache, layers[0]), layers)
     return Setup(python, comfyui)
 

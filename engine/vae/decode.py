@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import host
+from ..memory import AUTO, parse_budget
 from .regions import Box, Grid
 from .scratch import MemoryStore, Store
 from .tiling import DECODE_WORK_LIMIT, CostModel, frugal_grid, grid_within
@@ -17,7 +18,6 @@ from .wan import Cache, WanDecoder, frame_count
 WHOLE_FRAME_LIVE = 31
 # Share of the device's memory that tiles may take; the rest is for the weights and others.
 MEMORY_SHARE = 0.7
-AUTO_BUDGET = "auto"
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def check_latent(latent: Tensor, channels: int) -> Tensor:
 class TiledDecoder:
     """A Wan VAE with a tile plan for one latent video [batch, C, T, h, w]."""
 
-    def __init__(self, vae: Any, latent: Tensor, budget: str = AUTO_BUDGET) -> None:
+    def __init__(self, vae: Any, latent: Tensor, budget: str = AUTO) -> None:
         """`budget` is "auto" or gibibytes such as "4 GB"."""
         self.vae = vae
         self.decoder = WanDecoder(vae.first_stage_model, supported_patch(vae))
@@ -239,25 +239,6 @@ def _ends(span: Any) -> tuple[int, int]:
     return span.start, span.stop
 
 
-def parse_budget(budget: str) -> int | None:
-    """Bytes of a budget such as "4 GB"; None for "auto".
-
-    Raises:
-        ValueError: it is neither.
-    """
-    if budget == AUTO_BUDGET:
-        return None
-    number, _, unit = budget.partition(" ")
-    try:
-        if unit != "GB":
-            raise ValueError(unit)
-        return int(float(number) * 1024**3)
-    except ValueError as error:
-        raise ValueError(
-            f'memory_budget is \'{budget}\'; write "auto" or a size such as "4 GB".'
-        ) from error
-
-
 def plan_tiles(
     vae: Any, cost: CostModel, feature_channels: int, budget: str, work_limit: float
 ) -> Grid:
@@ -277,7 +258,7 @@ def plan_tiles(
     return grid if cost.peak_bytes(grid) <= free else grid_within(cost, free)
 
 
-def decode_images(vae: Any, latent: Tensor, budget: str = AUTO_BUDGET) -> Tensor:
+def decode_images(vae: Any, latent: Tensor, budget: str = AUTO) -> Tensor:
     """All frames of a latent video [batch, C, T, h, w] as images [frames, height, width, 3].
 
     Equal to the VAE's own untiled decode, batch items one after the other.

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from .. import host
-from .decode import AUTO_BUDGET, plan_tiles, supported_patch
+from ..memory import AUTO
+from .decode import plan_tiles, supported_patch
 from .regions import Box, Grid
 from .scratch import MemoryStore, ScratchFile, Store, require_space
 from .sources import FrameSource, GreyAfter, latent_groups
@@ -18,7 +19,7 @@ from .wan import Cache, WanEncoder, latent_count
 class TiledEncoder:
     """A Wan VAE with a tile plan for one source of frames."""
 
-    def __init__(self, vae: Any, source: FrameSource, budget: str = AUTO_BUDGET) -> None:
+    def __init__(self, vae: Any, source: FrameSource, budget: str = AUTO) -> None:
         """`budget` is "auto" or gibibytes such as "4 GB"."""
         self.vae = vae
         self.encoder = WanEncoder(vae.first_stage_model, supported_patch(vae))
@@ -148,7 +149,7 @@ class TiledEncoder:
         return latents.to(vae.output_device).to(dtype=vae.vae_output_dtype())
 
 
-def encode_frames(vae: Any, source: FrameSource, budget: str = AUTO_BUDGET) -> Tensor:
+def encode_frames(vae: Any, source: FrameSource, budget: str = AUTO) -> Tensor:
     """The latent [1, C, t, h, w] of a clip, equal to the VAE's own untiled encode.
 
     As there, frames are cropped around their centre to whole latents, and at the end to whole

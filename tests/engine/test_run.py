@@ -1,16 +1,21 @@
 """Whole sampling runs with ComfyUI's own sampler: caches, cancelling, noise, memory."""
 
+import ctypes
 import gc
 import weakref
 
 import comfy.model_management
 import comfy.sample
+import comfy.sd
 import pytest
 import torch
+from atlasvid.engine import forward as engine_forward
 from atlasvid.engine import guide, host, progress
 from atlasvid.engine.detail import apply_detail_branch
 from atlasvid.engine.grid import Grid
 from atlasvid.engine.run import SamplingRun
+from measure import resident_bytes
+from wan import forward as direct
 from wan import plan_of, rand, relative_error, small_wan
 
 PLAN = plan_of((5, 16, 16), (2, 8, 8))
@@ -142,6 +147,41 @@ def test_a_run_that_fails_frees_what_it_held(wan, monkeypatch):
     assert sample(branch(wan)).isfinite().all()
 
 
+def test_memory_returns_to_its_level(monkeypatch):
+    """Runs, an error and a cancel in a row: the process keeps nothing of them."""
+    wan = small_wan(num_layers=2)
+    plan = plan_of((9, 48, 48), (3, 48, 48))
+    proxy = rand(1, 16, 3, 48, 48, seed=3)  # keys and values of 1,728 tokens, 14 MB per run
+
+    def run(fail=None):
+        model = apply_detail_branch(wan, plan, proxy, Grid(4, 16, 16), "clean")
+        if fail:
+            model.set_model_sampler_post_cfg_function(fail)
+        return sample(model, steps=2, latent=torch.zeros(1, 16, 9, 48, 48))
+
+    def broken(args):
+        raise RuntimeError("another node broke")
+
+    def cancelled(args):
+        comfy.model_management.interrupt_current_processing()
+        return args["denoised"]
+
+    def level():
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        return resident_bytes()
+
+    run()
+    before = level()
+    for _ in range(2):
+        run()
+        with pytest.raises(RuntimeError, match="another node broke"):
+            run(broken)
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            run(cancelled)
+    assert level() - before < 20e6
+
+
 def test_cancel_leaves_within_a_step(wan, monkeypatch):
     calls = []
     stock = host.attention
@@ -218,7 +258,7 @@ def test_progress_knows_steps_and_time(monkeypatch):
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     said = []
     monkeypatch.setattr(host, "show_progress", said.append)
-    report = progress.RunProgress(steps=4, blocks=10)
+    report = progress.RunProgress(schedule=(1.0, 0.75, 0.5, 0.25, 0.0), blocks=10)
     for sigma in (1.0, 0.75, 0.5):
         for _ in range(2):  # positive and negative
             report.begin_forward(sigma)
@@ -229,6 +269,80 @@ def test_progress_knows_steps_and_time(monkeypatch):
     assert report.fraction(10) == pytest.approx(0.75)
     assert said[-1].endswith("about 21 s left")
     assert "left" not in said[0]
+
+
+def test_progress_of_samplers_that_visit_levels_in_between(monkeypatch):
+    monkeypatch.setattr(host, "show_progress", lambda text: None)
+    report = progress.RunProgress(schedule=(1.0, 0.5, 0.0), blocks=4)
+    fractions = []
+    for sigma in (1.0, 0.7, 0.5, 0.3):  # dpm_2: a level of the schedule, then one in between
+        report.begin_forward(sigma)
+        fractions.append(report.fraction(0))
+        assert report.fraction(4) <= 1
+    assert fractions == [0.0, 0.25, 0.5, 0.75]
+
+
+@pytest.mark.parametrize("first", ["cache", "branch"])
+def test_other_wrappers_of_the_forward_stay_outside(wan, first):
+    """The stock EasyCache skips forwards, whichever node came first."""
+    from comfy_extras.nodes_easycache import EasyCacheNode
+
+    calls = []
+
+    def add_cache(model):
+        return EasyCacheNode.execute(model, 9.0, 0.0, 1.0, False).args[0]
+
+    patched = branch(add_cache(wan)) if first == "cache" else add_cache(branch(wan))
+    with pytest.MonkeyPatch.context() as patch:
+        stock = engine_forward.DetailForward.__call__
+        patch.setattr(
+            engine_forward.DetailForward,
+            "__call__",
+            lambda self, *args: calls.append(1) or stock(self, *args),
+        )
+        sample(patched, steps=8, cfg=1.0)
+    assert 0 < len(calls) < 8
+
+
+def test_a_size_that_ran_out_of_memory_is_not_tried_again(wan, monkeypatch):
+    failures = []
+    stock = host.attention
+
+    def scarce(q, k, v, heads, options):
+        if len(q) > 4:
+            failures.append(len(q))
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return stock(q, k, v, heads, options)
+
+    monkeypatch.setattr(host, "attention", scarce)
+    sample(branch(wan), steps=3)
+    assert 1 <= len(failures) <= 4, "halved until it fits, once for the run"
+
+
+def test_a_failed_copy_to_the_host_is_not_repaired_by_halving():
+    from atlasvid.engine.tokens import HostTokens
+
+    tokens = HostTokens(8, 4, torch.float32, torch.device("cpu"))
+    tokens.write(torch.arange(2), torch.zeros(2, 5))  # does not fit
+    with pytest.raises(RuntimeError, match="could not keep tokens on the host"):
+        tokens.settle()
+    tokens.close()
+
+
+def test_half_precision_is_close_to_full():
+    from atlasvid.engine import tiny
+
+    state = tiny.wan_state(num_layers=2, ffn_dim=512)
+    latent = rand(1, 16, 5, 16, 16, seed=1)
+    t, text = torch.tensor([700.0]), rand(1, 16, 4096, seed=2)
+    full = direct(branch(host.load_diffusion_model(dict(state))), latent, t, text)
+    half_state = {k: v.bfloat16() for k, v in state.items()}
+    half_model = comfy.sd.load_diffusion_model_state_dict(
+        half_state, model_options={"dtype": torch.bfloat16}
+    )
+    half = direct(branch(half_model), latent.bfloat16(), t, text.bfloat16())
+    assert half.dtype == torch.bfloat16
+    assert relative_error(half.float(), full) < 0.05
 
 
 @pytest.mark.parametrize(

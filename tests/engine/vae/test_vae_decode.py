@@ -5,7 +5,7 @@ import pytest
 import torch
 from atlasvid.engine import host
 from atlasvid.engine.vae import wan
-from atlasvid.engine.vae.decode import TiledDecoder, decode_images, parse_budget
+from atlasvid.engine.vae.decode import TiledDecoder, decode_images
 from atlasvid.engine.vae.layers import convolutions
 from atlasvid.engine.vae.regions import Box, Grid, Span
 from atlasvid.engine.vae.tiling import (
@@ -147,14 +147,6 @@ def test_other_vaes_are_refused_by_name():
 def test_latents_of_another_model_are_refused():
     with pytest.raises(ValueError, match=r"\[batch, 16, frames.*\[1, 48, 1, 8, 8\]"):
         decode_images(wan21_vae(), random_latent(48, 1, 8, 8))
-
-
-@pytest.mark.parametrize("text", ["much", "4", "4 MB", "x GB"])
-def test_budgets_are_auto_or_gigabytes(text):
-    with pytest.raises(ValueError, match='"auto" or a size such as "4 GB"'):
-        parse_budget(text)
-    assert parse_budget("2 GB") == 2 * 1024**3
-    assert parse_budget("auto") is None
 
 
 def real_decoder() -> WanDecoder:

@@ -1,0 +1,90 @@
+"""Which kernel computes attention: ComfyUI's choice or the artist's, checked where it rounds."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import host
+
+AUTO = "auto"
+BACKENDS = (AUTO, "pytorch", "sage", "flash", "xformers")
+QUANTISED = ("sage", "sage3")
+TOLERANCE = 0.1
+"""Largest relative L1 error of a kernel; SageAttention reports below 0.05 for its 8-bit ones."""
+
+_verdicts: dict[tuple, bool] = {}
+
+
+def override_for(backend: str, device: torch.device) -> Callable | None:
+    """An `optimized_attention_override` for a backend, or None to leave ComfyUI's as it is.
+
+    `auto` follows ComfyUI's start flags; on the CPU its fallback is replaced by PyTorch's fused
+    attention. Kernels that round are verified at first use and dropped when they are wrong.
+
+    Raises:
+        ValueError: unknown backend, or one that is not installed.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"attention is {backend!r}; allowed are {', '.join(BACKENDS)}.")
+    if backend != AUTO:
+        chosen = host.attention_function(backend)
+        if chosen is None:
+            here = [name for name in BACKENDS if name == AUTO or host.attention_function(name)]
+            raise ValueError(
+                f"attention is {backend!r}, which is not installed in this ComfyUI; "
+                f"available are {', '.join(here)}."
+            )
+        if backend not in QUANTISED:
+            return lambda _, *args, **kwargs: chosen(*args, **kwargs)
+        return lambda _, *args, **kwargs: verified(backend, chosen, *args, **kwargs)
+    if device.type == "cpu":
+        return host.fused_on_cpu
+    name = host.started_attention()
+    if name in QUANTISED:
+        return lambda chosen, *args, **kwargs: verified(name, chosen, *args, **kwargs)
+    return None
+
+
+def verified(
+    name: str, chosen: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, **kwargs: Any
+) -> Tensor:
+    """`chosen`, or PyTorch's attention where `chosen` was found wrong for such tensors.
+
+    The check runs once per device, precision and head size, on the first batch row.
+    """
+    key = (name, q.device, q.dtype, q.shape[-1] // heads)
+    if key not in _verdicts:
+        _verdicts[key] = _is_right(name, chosen, q[:1], k[:1], v[:1], heads, kwargs)
+    if not _verdicts[key]:
+        chosen = host.attention_function("pytorch") or chosen
+    return chosen(q, k, v, heads=heads, **kwargs)
+
+
+def _is_right(
+    name: str, chosen: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, kwargs: dict
+) -> bool:
+    reference = host.attention_function("pytorch")
+    if reference is None:
+        return True
+    expected = reference(q, k, v, heads=heads, **kwargs).float()
+    try:
+        given = chosen(q, k, v, heads=heads, **kwargs).float()
+    except Exception as error:
+        if host.is_out_of_memory(error):
+            raise
+        logging.warning("AtlasVid: %s attention failed (%s); using PyTorch's", name, error)
+        return False
+    error = float((given - expected).abs().mean() / expected.abs().mean().clamp(min=1e-12))
+    if error <= TOLERANCE:  # false for NaN
+        return True
+    logging.warning(
+        "AtlasVid: %s attention is wrong on this card (relative error %.2g); using PyTorch's",
+        name,
+        error,
+    )
+    return False

@@ -1,0 +1,1 @@
+"""Training of LoRAs for both stages; the adapters are peft's."""

@@ -1,0 +1,238 @@
+"""The forwards of both stages under autograd.
+
+Stage guide runs the windows, guide stream and positions of inference; nothing is written in place,
+and what a chunk of windows computes is computed again for the backward pass. So of the whole
+target only each block's input is kept, and activations are bounded by the chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .. import blocks, host
+from ..block_task import BlockTask
+from ..forward import DetailForward
+from ..guide import GuideStream
+from ..lora import with_layers
+from ..plan import Plan
+from ..run import SamplingRun
+from ..settings import DetailSettings
+from ..shifted import ShiftedAttention, WindowGroup
+from ..tokens import DeviceTokens
+
+recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+CHUNK_TOKENS = {"cuda": 8_192, "cpu": 2_048}
+"""Target tokens whose activations are alive at a time."""
+
+
+def proxy_forward(view: Any, plan: Plan, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+    """The stock forward with temporally scaled positions, each block recomputed.
+
+    x [B, C, F_g, H_g, W_g], timestep [B] -> [B, C, F_g, H_g, W_g].
+    """
+    stride = float(plan.temporal_stride)
+    options = training_options() | {"rope_options": {"scale_t": stride}}
+    layers = {f"blocks.{i}": RecomputedBlock(block) for i, block in enumerate(view.blocks)}
+    return with_layers(view, layers)(x, timestep, context, transformer_options=options)
+
+
+class RecomputedBlock(nn.Module):
+    """A block that keeps its input only."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, **inputs: Any) -> Tensor:
+        return recompute(self.block, x, **inputs)  # pyright: ignore[reportReturnType]
+
+
+def training_options() -> dict[str, Any]:
+    """Transformer options: the attention that has a backward, whatever the start flags chose."""
+    return {"optimized_attention_override": host.differentiable_attention}
+
+
+def guide_forward(
+    model: Any,
+    guide_model: Any,
+    settings: DetailSettings,
+    x: Tensor,
+    timestep: Tensor,
+    context: Tensor,
+) -> Tensor:
+    """The detail branch on x [B, C, T, H, W] -> [B, C, T, H, W].
+
+    Args:
+        model: the frozen view that target tokens pass.
+        guide_model: the view with adapters that guide tokens pass.
+        settings: plan, window, guide noise and the clip's own proxy.
+    """
+    return TrainedDetail(model, guide_model, settings)(x, timestep, context, None)
+
+
+class TrainedDetail(DetailForward):
+    """The detail branch of inference with nothing of the whole target written in place."""
+
+    def __init__(self, model: Any, guide_model: Any, settings: DetailSettings):
+        super().__init__(model, settings, SamplingRun(seed=0), training_options())
+        self.guide_model = guide_model
+
+    def __call__(
+        self, x: Tensor, timestep: Tensor, context: Tensor, clip_fea: Tensor | None
+    ) -> Tensor:
+        with torch.no_grad():
+            tokens = [DeviceTokens(item) for item in self._empty(x)]
+            self._embed(x, list(tokens))
+            e, e0 = host.time_embedding(self.model, timestep, x.dtype)
+            text = self._text(context, clip_fea)
+            memory = self._plan_memory(x)
+        guide = TrainedGuide(
+            self.guide_model,
+            self.settings,
+            self.run,
+            self.options,
+            memory,
+            host.ChunkSize(memory.chunk),
+            x,
+            timestep,
+            text,
+        ).keys_of_blocks()
+        for i, block in enumerate(self.model.blocks):
+            keys, values = next(guide)
+            for b, item in enumerate(tokens):
+                new = self._item(i, block, item.values, e0[b], text.of(b), keys[b], values[b])
+                tokens[b] = DeviceTokens(new)
+        return self._head(list(tokens), e, x)
+
+    def _empty(self, x: Tensor) -> Tensor:
+        """Room for the target's tokens [B, F * h * w, C]."""
+        return x.new_empty((len(x), self.plan.tokens.count, self.model.dim))
+
+    def _item(
+        self,
+        index: int,
+        block: Any,
+        tokens: Tensor,
+        e0: Tensor,
+        text: blocks.Text,
+        guide_keys: Tensor,
+        guide_values: Tensor,
+    ) -> Tensor:
+        """One block on one item's tokens [L, C], some windows at a time -> [L, C]."""
+        host.raise_if_cancelled()
+        attention = self.attention
+        assert isinstance(attention, ShiftedAttention), "only disjoint windows are trained"
+        groups = attention.groups(index % 2, tokens.device, tokens.device)
+        order = torch.cat([group.tokens.flatten() for group in groups])
+        in_order = tokens[order]
+        modulation = blocks.Modulation.of(block, e0)
+        most = CHUNK_TOKENS.get(tokens.device.type, CHUNK_TOKENS["cuda"])
+        results, first = [], 0
+        for group in groups:
+            step = max(1, most // group.size.count)
+            for start in range(0, len(group.tokens), step):
+                stop = min(start + step, len(group.tokens))
+                count = (stop - start) * group.size.count
+
+                def compute(
+                    x: Tensor,
+                    keys: Tensor,
+                    values: Tensor,
+                    group: WindowGroup = group,
+                    start: int = start,
+                    stop: int = stop,
+                ) -> Tensor:
+                    task = WindowTask(
+                        block,
+                        DeviceTokens(x),
+                        self.plan.tokens,
+                        modulation,
+                        text,
+                        (keys, values),
+                        self.model.num_heads,
+                        self.options,
+                        host.ChunkSize(most),
+                        x.device,
+                    )
+                    attention.evaluate_windows(task, group, start, stop)
+                    return task.results[0]
+
+                x = in_order[first : first + count]
+                results.append(recompute(compute, x, guide_keys, guide_values))
+                first += count
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(len(order), device=order.device)
+        return torch.cat(results)[inverse]
+
+
+@dataclass(frozen=True)
+class WindowTask(BlockTask):
+    """A block on nothing but the windows under evaluation; the result is kept, not written back.
+
+    `tokens` are those windows' [n, C], in their order.
+    """
+
+    results: list[Tensor] = field(default_factory=list)
+
+    def read(self, index: Tensor) -> tuple[Tensor, blocks.Modulation]:
+        assert isinstance(self.tokens, DeviceTokens)
+        return self.tokens.values[None], self.modulation_of(index)
+
+    def finish(
+        self, x: Tensor, attended: Tensor, modulation: blocks.Modulation, index: Tensor
+    ) -> None:
+        out = blocks.attention_output(self.block, x, attended, modulation)
+        out = rest_of_block(self.block, out, modulation, self.text, self.options)
+        self.results.append(out[0])
+
+
+def rest_of_block(
+    block: Any, x: Tensor, modulation: blocks.Modulation, text: blocks.Text, options: dict
+) -> Tensor:
+    """Cross-attention and feed-forward of tokens [1, n, C], as `blocks.per_token` in place."""
+    x = x + blocks.cross_attention(block, x, text, options)
+    return torch.addcmul(x, blocks.feed_forward(block, x, modulation), modulation.rows[5])
+
+
+class TrainedGuide(GuideStream):
+    """The guide stream of inference through the adapters, each block recomputed."""
+
+    def keys_of_blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Per block: unrotated keys and values [B, L_g, C]."""
+        with torch.no_grad():
+            timestep = self._timestep()
+            tokens = self._embed(self._latent(timestep))
+            _, e0 = host.time_embedding(self.model, timestep, self.x.dtype)
+            freqs = self._own_positions(tokens.device)
+        for block in self.model.blocks:
+            tokens, keys, values = recompute(partial(self._block, block, e0, freqs), tokens)  # pyright: ignore[reportGeneralTypeIssues]
+            yield keys, values
+
+    def _block(
+        self, block: Any, e0: Tensor, freqs: Tensor, tokens: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One block on guide tokens [B, L_g, C] -> the block's output, and its keys and values."""
+        heads, items = self.model.num_heads, []
+        for b, x in enumerate(tokens.split(1)):
+            modulation = blocks.Modulation.of(block, e0[b])
+            y = blocks.attention_input(block, x, modulation)
+            keys, values = blocks.keys(block.self_attn, y), block.self_attn.v(y)
+            attended = host.attention(
+                blocks.rotate(blocks.queries(block.self_attn, y), heads, freqs),
+                blocks.rotate(keys, heads, freqs),
+                values,
+                heads,
+                self.options,
+            )
+            out = blocks.attention_output(block, x, attended, modulation)
+            out = rest_of_block(block, out, modulation, self.text.of(b), self.options)
+            items.append((out, keys, values))
+        out, keys, values = (torch.cat(parts) for parts in zip(*items, strict=True))
+        return out, keys, values

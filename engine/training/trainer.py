@@ -1,0 +1,424 @@
+"""The training loop of both stages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import host
+from ..grid import Grid
+from ..plan import Plan
+from ..recipe import STAGES, BaseShape, Recipe, pack_version
+from ..settings import DetailSettings
+from .adapters import build_adapters, require_rank
+from .cache import Dataset, Sample
+from .curve import save_losses
+from .files import save_tensors
+from .forward import guide_forward, proxy_forward
+from .frozen import frozen_view
+from .objective import NoiseLevels, flow_loss, noised, sample_order, step_generator
+from .state import TrainingState
+
+OPTIMIZERS = ("AdamW", "Prodigy")
+USUAL_RATES = {"AdamW": 1e-4, "Prodigy": 1.0}
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+GRADIENT_NORM = 1.0
+"""Gradients are scaled down to this norm, so that one odd clip cannot undo the rest."""
+KEY_PREFIX = {"proxy": "diffusion_model.", "guide": "base_model.model."}
+"""Stock loaders match every key of the first, and none of the second, which is not for them."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What the artist chose; sizes and lengths are the plan's."""
+
+    stage: str
+    steps: int
+    rank: int = 16
+    alpha: float = 16.0
+    targets: str = "attention and feed-forward"
+    optimizer: str = "AdamW"
+    learning_rate: float = 0.0
+    """0 is the optimizer's usual one."""
+    window: Grid | None = None
+    """Tokens per window, in stage guide."""
+    noise: NoiseLevels = field(default_factory=NoiseLevels)
+    caption_dropout: float = 0.1
+    """Share of steps that learn without words, for classifier-free guidance."""
+    accumulate: int = 1
+    """Samples per step and card."""
+    precision: str = "bf16"
+    seed: int = 0
+    save_every: int = 250
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("stage", STAGES),
+            ("optimizer", OPTIMIZERS),
+            ("precision", tuple(PRECISIONS)),
+        ):
+            if getattr(self, name) not in allowed:
+                value = getattr(self, name)
+                raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}.")
+        for name in ("steps", "accumulate", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+
+    @property
+    def rate(self) -> float:
+        return self.learning_rate or USUAL_RATES[self.optimizer]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run."""
+
+    path: Path
+    """The LoRA."""
+    curve: Path
+    losses: tuple[float, ...]
+    resumed_at: int
+
+
+@dataclass(frozen=True)
+class Cards:
+    """How several processes share the work; one process by default."""
+
+    accelerator: Any = None
+
+    @property
+    def count(self) -> int:
+        return self.accelerator.num_processes if self.accelerator else 1
+
+    @property
+    def index(self) -> int:
+        return self.accelerator.process_index if self.accelerator else 0
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean of a tensor over all processes."""
+        return self.accelerator.reduce(tensor, "mean") if self.accelerator else tensor
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.accelerator:
+            self.accelerator.wait_for_everyone()
+
+
+ONE_CARD = Cards()
+
+
+def make_optimizer(name: str, weights: list[Any], rate: float) -> torch.optim.Optimizer:
+    """An optimizer over the adapters' weights.
+
+    Raises:
+        RuntimeError: Prodigy's package is not installed.
+    """
+    if name == "AdamW":
+        return torch.optim.AdamW(weights, lr=rate, weight_decay=0.01)
+    try:
+        import prodigyopt  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise RuntimeError(
+            "The optimizer Prodigy needs the package prodigyopt. Install it into ComfyUI's "
+            "Python: python -m pip install prodigyopt, or choose AdamW."
+        ) from error
+    make: Any = prodigyopt.Prodigy
+    return make(
+        weights, lr=rate, weight_decay=0.01, safeguard_warmup=True, use_bias_correction=True
+    )
+
+
+def require_trainable(model: Any, plan: Plan, settings: TrainSettings) -> None:
+    """Refuse what cannot be trained, before anything is encoded.
+
+    Raises:
+        ValueError: says what was given and what to change.
+    """
+    space = host.latent_space(model)
+    if space != plan.space:
+        raise ValueError(
+            "The plan was made for another kind of model. Connect the same model to the plan."
+        )
+    wan = model.model.diffusion_model
+    if wan.in_dim != space.channels:
+        raise ValueError(
+            f"This model takes {wan.in_dim} input channels, {wan.in_dim - space.channels} of "
+            "them for an image. Train on a text-to-video model (Wan 2.1 T2V, 2.2 T2V A14B or "
+            "2.2 TI2V-5B)."
+        )
+    if settings.stage == "guide" and settings.window is None:
+        raise ValueError("Stage guide needs a window.")
+    require_rank(wan, settings.rank)
+
+
+class Trainer:
+    """One training run: a LoRA in `path`, its curve beside it, and its state in `folder`.
+
+    Args:
+        model: ComfyUI MODEL of a Wan text-to-video model; it is not changed.
+        path: the LoRA to write, <name>.safetensors.
+        folder: for what a resumed run needs and the LoRAs of earlier steps.
+
+    Raises:
+        ValueError: model, plan or settings that cannot be trained.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        plan: Plan,
+        settings: TrainSettings,
+        path: Path,
+        folder: Path,
+        cards: Cards = ONE_CARD,
+    ):
+        require_trainable(model, plan, settings)
+        wan = model.model.diffusion_model
+        self.plan = plan
+        self.settings = settings
+        self.path = path
+        self.folder = folder
+        self.cards = cards
+        self.dtype = PRECISIONS[settings.precision]
+        self.state_path = folder / "state.safetensors"
+        self.base = BaseShape.of(wan)
+        self.patcher = host.load_for_training(model, self.dtype, self.activation_bytes(wan))
+        self.device = host.load_device(self.patcher)
+        self.wan = self.patcher.model.diffusion_model
+        with torch.inference_mode(False):
+            self.adapters = build_adapters(
+                self.wan,
+                settings.rank,
+                settings.alpha,
+                settings.targets,
+                settings.seed,
+                self.device,
+            )
+            self.optimizer = make_optimizer(
+                settings.optimizer, self.adapters.parameters(), settings.rate
+            )
+            self.frozen = frozen_view(self.wan)
+        self.losses: list[float] = []
+        self.step = 0
+
+    def activation_bytes(self, wan: Any) -> int:
+        """About what a step keeps: every block's input, and a chunk's activations."""
+        width = self.dtype.itemsize * wan.dim
+        tokens = self.plan.proxy_tokens.count
+        chunk = tokens
+        if self.settings.stage == "guide":
+            tokens, chunk = tokens + self.plan.tokens.count, max(tokens, 8_192)
+        return (len(wan.blocks) + 8) * tokens * width + 60 * chunk * width
+
+    # --- One step ---------------------------------------------------------------------------
+
+    def run(
+        self,
+        dataset: Dataset,
+        resume: bool = True,
+        on_step: Callable[[int, list[float]], None] = lambda step, losses: None,
+    ) -> TrainResult:
+        """Train to the last step, from the saved state where there is one.
+
+        Args:
+            on_step: called with the step and all losses after every step.
+
+        Raises:
+            ValueError: the saved state is of another run, or the loss is not finite.
+            RuntimeError: a file cannot be written; the last one written stays.
+        """
+        with torch.inference_mode(False):  # what is made in it could not be trained on
+            resumed_at = self.resume(dataset) if resume else 0
+            self._run(dataset, on_step)
+        return TrainResult(self.path, self.curve_path, tuple(self.losses), resumed_at)
+
+    def _run(self, dataset: Dataset, on_step: Callable[[int, list[float]], None]) -> None:
+        saved_at = self.step
+        try:
+            with host.training():
+                while self.step < self.settings.steps:
+                    host.raise_if_cancelled()
+                    self.losses.append(self.learn(dataset))
+                    self.step += 1
+                    if self.step % self.settings.save_every == 0:
+                        self.save(dataset, keep_lora=True)
+                        saved_at = self.step
+                    on_step(self.step, self.losses)
+        except BaseException:
+            # Cancelled or failed: what was learned so far is kept. A second error would hide it.
+            if self.step > saved_at:
+                self.save_quietly(dataset)
+            raise
+        if self.step > saved_at or not self.path.exists():
+            self.save(dataset)
+
+    def learn(self, dataset: Dataset) -> float:
+        """One optimizer step; returns its loss.
+
+        Raises:
+            ValueError: the loss or a gradient is not finite. Nothing was changed.
+        """
+        settings, weights = self.settings, self.adapters.parameters()
+        self.optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for part in range(settings.accumulate):
+            loss = self.loss(dataset, part) / settings.accumulate
+            loss.backward()
+            total += float(loss.detach())
+        for weight in weights:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            weight.grad = self.cards.mean(weight.grad)
+        total = float(self.cards.mean(torch.tensor(total, device=self.device)))
+        norm = float(torch.nn.utils.clip_grad_norm_(weights, GRADIENT_NORM))
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            raise ValueError(
+                f"The loss became {total:g} (gradient norm {norm:g}) at step {self.step + 1}; "
+                f"training stopped, and the state after step {self.step} is kept. Use a smaller "
+                f"learning_rate than {settings.rate:g}, or precision fp32; check the clips, the "
+                "VAE and the LoRAs on the model."
+            )
+        self.optimizer.step()
+        return total
+
+    def loss(self, dataset: Dataset, part: int) -> Tensor:
+        """The flow-matching loss of one sample of this step."""
+        settings = self.settings
+        # Numbered through all processes: two cards learn what one learns that accumulates two.
+        generator = step_generator(
+            settings.seed, self.step, part * self.cards.count + self.cards.index
+        )
+        sample = dataset.sample(self.sample_index(len(dataset.files), part))
+        uniform = torch.rand(2, generator=generator).tolist()
+        text = sample.text
+        if uniform[1] < settings.caption_dropout:
+            text = dataset.without_words()
+        sigma = settings.noise.sigma(uniform[0])
+        learned = sample.guide if settings.stage == "proxy" else sample.target
+        assert learned is not None
+        latent = host.process_latent_in(self.patcher, learned)
+        x, velocity = noised(latent, sigma, generator)
+        predicted = self.predict(x, sigma, text, sample)
+        return flow_loss(predicted, velocity.to(self.device))
+
+    def sample_index(self, count: int, part: int) -> int:
+        """Which sample this process takes: every epoch visits each once, in an order of its own."""
+        settings, cards = self.settings, self.cards
+        drawn = (self.step * settings.accumulate + part) * cards.count + cards.index
+        return sample_order(count, settings.seed, drawn // count)[drawn % count]
+
+    def predict(self, x: Tensor, sigma: float, text: Tensor, sample: Sample) -> Tensor:
+        """The model's velocity for x [1, C, T, H, W]."""
+        x, text = (tensor.to(self.device, self.dtype) for tensor in (x, text))
+        timestep = torch.tensor([1000 * sigma], device=self.device)
+        if self.settings.stage == "proxy":
+            return proxy_forward(self.adapters.view, self.plan, x, timestep, text)
+        window = self.settings.window
+        assert window is not None
+        detail = DetailSettings(
+            plan=self.plan,
+            window=window.clipped(self.plan.tokens),
+            overlap="shifted",
+            guide_noise="clean",
+            proxy=host.process_latent_in(self.patcher, sample.guide),
+            sigma_start=1.0,
+            sigma_end=0.0,
+        )
+        return guide_forward(self.frozen, self.adapters.view, detail, x, timestep, text)
+
+    # --- Files ------------------------------------------------------------------------------
+
+    @property
+    def curve_path(self) -> Path:
+        return self.path.with_suffix(".png")
+
+    def recipe(self) -> Recipe:
+        """What the saved LoRA says of itself."""
+        settings, guide = self.settings, self.settings.stage == "guide"
+        return Recipe(
+            stage=settings.stage,
+            temporal_stride=self.plan.temporal_stride,
+            window=settings.window if guide else None,
+            guide_noise="clean" if guide else None,
+            rank=settings.rank,
+            alpha=settings.alpha,
+            base=self.base,
+            steps=self.step,
+            version=pack_version(),
+        )
+
+    def lora_tensors(self) -> dict[str, Tensor]:
+        """The adapters as a LoRA file holds them, alpha beside each pair."""
+        prefix = KEY_PREFIX[self.settings.stage]
+        tensors = {f"{prefix}{name}": tensor for name, tensor in self.adapters.tensors().items()}
+        for name in self.adapters.layers:
+            tensors[f"{prefix}{name}.alpha"] = torch.tensor(float(self.settings.alpha))
+        return tensors
+
+    def identity(self, dataset: Dataset) -> dict[str, Any]:
+        """What must be the same for a resumed run to go on exactly."""
+        settings = asdict(self.settings)
+        for name in ("steps", "save_every"):
+            del settings[name]
+        plan = {name: value for name, value in asdict(self.plan).items() if name != "notes"}
+        samples = [file.stem for file in dataset.files]
+        return {
+            **settings,
+            "plan": plan,
+            "base": asdict(self.base),
+            "samples": samples,
+            "processes": self.cards.count,
+        }
+
+    def resume(self, dataset: Dataset) -> int:
+        """Take up the saved state where there is one; returns its step.
+
+        Raises:
+            ValueError: it is damaged or of another run.
+        """
+        if not self.state_path.is_file():
+            return 0
+        state = TrainingState.load(self.state_path)
+        state.require_same(self.identity(dataset), self.state_path)
+        self.adapters.load(state.adapters)
+        self.optimizer.load_state_dict(dict(state.optimizer))
+        self.step, self.losses = state.step, list(state.losses)
+        return self.step
+
+    def save(self, dataset: Dataset, keep_lora: bool = False) -> None:
+        """Write state, LoRA and curve; with `keep_lora` also this step's LoRA for good.
+
+        Raises:
+            RuntimeError: one cannot be written; the one before it stays whole.
+        """
+        self.cards.wait()
+        if self.cards.index:
+            return
+        TrainingState(
+            self.step,
+            tuple(self.losses),
+            self.adapters.tensors(),
+            self.optimizer.state_dict(),
+            self.identity(dataset),
+        ).save(self.state_path)
+        metadata = self.recipe().to_metadata()
+        paths = [self.path]
+        if keep_lora:
+            paths.append(self.folder / f"step-{self.step:06}.safetensors")
+        for path in paths:
+            save_tensors(path, self.lora_tensors(), metadata)
+        save_losses(self.losses, self.curve_path)
+
+    def save_quietly(self, dataset: Dataset) -> None:
+        """`save` while another error is on its way, which must not be hidden."""
+        try:
+            if self.cards.count == 1:  # waiting for a process that failed would never end
+                self.save(dataset)
+        except RuntimeError as error:
+            host.log.warning("%s", error)

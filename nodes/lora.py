@@ -1,0 +1,45 @@
+"""LoRAs of the guide stream, and training."""
+
+from comfy_api.latest import io
+
+from ..engine import host
+from ..engine.lora import load_guide_lora
+from .types import CATEGORY, GuideLoraType
+
+
+class AtlasVidGuideLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="AtlasVidGuideLoRA",
+            display_name="AtlasVid Guide LoRA",
+            category=CATEGORY,
+            description="Loads a LoRA that acts on the guide only, while the target keeps the "
+            "model's own weights. For the guide_lora input of AtlasVid Hierarchical Attention.",
+            search_aliases=["lora loader", "detail lora"],
+            inputs=[
+                io.Combo.Input(
+                    "lora",
+                    options=host.lora_names(),
+                    tooltip="A .safetensors file in ComfyUI's loras folder, in peft, diffusers or "
+                    "ComfyUI layout.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="How strongly it changes the guide. 0 turns it off.",
+                ),
+            ],
+            outputs=[
+                GuideLoraType.Output(
+                    "guide_lora", tooltip="The LoRA, for AtlasVid Hierarchical Attention."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, lora, strength) -> io.NodeOutput:
+        return io.NodeOutput(load_guide_lora(host.lora_path(lora), strength))

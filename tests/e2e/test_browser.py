@@ -1,0 +1,267 @@
+"""What an artist meets: shipped graphs, the plan's picture and errors, in a real browser.
+
+Everything runs in both renderers, the canvas and "Nodes 2.0".
+"""
+
+import json
+import re
+import shutil
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import comfy_server
+import pytest
+from playwright.sync_api import Page, sync_playwright
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKFLOWS = {
+    file.stem: json.loads(file.read_text("utf-8")) for file in ROOT.glob("workflows/*.json")
+}
+READY = "() => window.app && window.app.extensionManager && window.app.graph"
+RENDERERS = {"canvas": False, "nodes-2": True}
+VUE_NODES = "Comfy.VueNodes.Enabled"
+SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Validation.Workflows": True}
+# What the front end itself logs on a server without internet and without template packages.
+THUMBNAIL_WIDTH = 800
+EXPECTED_ERRORS = re.compile(
+    "Content Security Policy|status of 404|Error loading (core workflow templates|fuse options)"
+    "|graph accessed before initialization|Fetch API cannot load https://(huggingface|api.comfy)"
+)
+NEEDS_FILES = {
+    "UNETLoader",
+    "CLIPLoader",
+    "VAELoader",
+    "LoraLoaderModelOnly",
+    "CLIPVisionLoader",
+    "LoadImage",
+    "LoadVideo",
+}
+PLAN_NODE = "app.graph.nodes.find((node) => node.type === 'AtlasVidPlan')"
+PICTURE = ".atlasvid-plan svg.atlasvid-picture"
+
+
+class Desk:
+    """A page with the front end, and what went wrong on it."""
+
+    def __init__(self, page: Page):
+        self.page = page
+        self.errors: list[str] = []
+        self.missing: list[str] = []
+        page.on("console", self._on_console)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("response", self._on_response)
+
+    def _on_console(self, message: Any) -> None:
+        if message.type == "error" and not EXPECTED_ERRORS.search(message.text):
+            self.errors.append(message.text)
+
+    def _on_response(self, response: Any) -> None:
+        if response.status >= 400 and "atlasvid" in response.url:
+            self.missing.append(response.url)
+
+    def open(self, workflow: dict[str, Any]) -> None:
+        self.page.evaluate("(workflow) => app.loadGraphData(workflow)", workflow)
+        self.page.wait_for_function(f"() => {PLAN_NODE}?.atlasvidPlan?.plan")
+
+    def set_plan(self, **values: float) -> None:
+        """Changes widgets of the plan node as the front end's own controls do."""
+        self.page.evaluate(
+            f"""(values) => {{
+                const node = {PLAN_NODE}
+                const by = {{ e: new MouseEvent("click"), node, canvas: app.canvas }}
+                for (const [name, value] of Object.entries(values)) {{
+                    node.widgets.find((each) => each.name === name).setValue(value, by)
+                }}
+            }}""",
+            values,
+        )
+
+    def prompt(self) -> dict[str, Any]:
+        return self.page.evaluate("async () => (await app.graphToPrompt()).output")
+
+
+@pytest.fixture(scope="module", params=RENDERERS)
+def desk(
+    request: pytest.FixtureRequest, start: Callable[[str], comfy_server.Server]
+) -> Iterator[Desk]:
+    """The front end in one renderer, kept open for all tests of this file."""
+    server = start("COMFYUI_PATH")
+    for name, value in {**SETTINGS, VUE_NODES: RENDERERS[request.param]}.items():
+        comfy_server.request(f"{server.address}/settings/{name}", value)
+    with sync_playwright() as playwright:
+        executable = shutil.which("chromium") or shutil.which("chromium-browser")
+        chromium = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        opened = Desk(chromium.new_page(viewport={"width": 1600, "height": 1000}))
+        opened.page.goto(server.address)
+        opened.page.wait_for_function(READY, timeout=60_000)
+        opened.page.wait_for_timeout(1500)
+        yield opened
+        chromium.close()
+    comfy_server.request(f"{server.address}/settings/{VUE_NODES}", False)
+
+
+@pytest.mark.parametrize("name", sorted(WORKFLOWS))
+def test_opens_from_the_template_browser(desk: Desk, name: str) -> None:
+    page = desk.page
+    page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    page.get_by_role("dialog").get_by_text("atlasvid", exact=True).first.click()
+    card = page.get_by_test_id(f"template-workflow-{name}")
+    card.scroll_into_view_if_needed()  # pictures load when they are seen
+    card.locator("img").first.wait_for()
+    size = card.locator("img").first.evaluate("async (p) => (await p.decode(), p.naturalWidth)")
+    assert size == THUMBNAIL_WIDTH
+    card.click()
+    count = len(WORKFLOWS[name]["nodes"])
+    page.wait_for_function(f"() => app.graph.nodes.length === {count}")
+    page.wait_for_function(f"() => {PLAN_NODE}?.atlasvidPlan?.plan")
+
+    known = page.evaluate("() => Object.keys(LiteGraph.registered_node_types)")
+    shipped = {node["type"] for node in WORKFLOWS[name]["nodes"]}
+    assert shipped <= set(known) | {"MarkdownNote"}
+    faulty = page.evaluate("() => app.graph.nodes.filter(n => n.has_errors).map(n => n.type)")
+    assert set(faulty) <= NEEDS_FILES
+    assert page.locator(".p-toast-message").all_inner_texts() == []
+    plan = page.evaluate(f"() => {PLAN_NODE}.atlasvidPlan.plan")
+    assert plan.get("error") is None
+    assert not desk.errors
+    assert not desk.missing
+
+
+def test_widgets_keep_their_values(desk: Desk) -> None:
+    desk.open(WORKFLOWS["atlasvid_t2v_4k"])
+    desk.set_plan(width=1280, height=704, seconds=3.5, fps=24, temporal_stride=2)
+    desk.page.evaluate(
+        """() => {
+            const node = app.graph.nodes.find((n) => n.type === "AtlasVidHierarchicalAttention")
+            const set = (name, value) => {
+                const widget = node.widgets.find((each) => each.name === name)
+                widget.value = value
+                widget.callback?.(value)
+            }
+            set("window", "custom")
+            set("window.frames", 5)
+            set("window.width", 33)
+            set("overlap", "sliding")
+        }"""
+    )
+    before = desk.prompt()
+    saved = json.loads(desk.page.evaluate("() => JSON.stringify(app.graph.serialize())"))
+    desk.open(WORKFLOWS["atlasvid_t2v_8k"])
+    desk.open(saved)
+    after = desk.prompt()
+    assert after == before
+    window = next(n for n in after.values() if n["class_type"] == "AtlasVidHierarchicalAttention")
+    assert window["inputs"]["window"] == "custom"
+    assert window["inputs"]["window.frames"] == 5
+    assert window["inputs"]["window.width"] == 33
+    plan = next(n for n in after.values() if n["class_type"] == "AtlasVidPlan")
+    assert "plan_view" not in plan["inputs"]
+
+
+def test_plan_is_redrawn_when_a_value_changes(desk: Desk) -> None:
+    desk.open(WORKFLOWS["atlasvid_t2v_4k"])
+    picture = desk.page.locator(PICTURE)
+    picture.get_by_text("3840 x 2160").wait_for()
+    frames = picture.locator(".cut").count()
+    desk.set_plan(width=1920, height=1088)
+    picture.get_by_text("1920 x 1088").wait_for()
+    desk.set_plan(seconds=30)
+    picture.get_by_text("481 frames").wait_for()
+    assert picture.locator(".cut").count() > frames
+    listed = desk.page.locator(".atlasvid-plan table").inner_text()
+    assert "1920 x 1088 x 481, 987,360 tokens" in listed
+    assert not desk.errors
+
+
+def test_plan_follows_the_window_and_the_steps(desk: Desk) -> None:
+    desk.open(WORKFLOWS["atlasvid_t2v_4k"])
+    desk.page.locator(".atlasvid-plan").get_by_text("17,490 + 416 of the guide").wait_for()
+    desk.page.evaluate(
+        """() => {
+            const node = app.graph.nodes.find((n) => n.type === "AtlasVidHierarchicalAttention")
+            const widget = node.widgets.find((each) => each.name === "window")
+            widget.value = "compact"
+            widget.callback?.("compact")
+            app.extensionManager.workflow.activeWorkflow.changeTracker.captureCanvasState()
+        }"""
+    )
+    desk.page.locator(".atlasvid-plan").get_by_text("1,024 + 75 of the guide").wait_for()
+
+
+def test_plan_is_red_when_it_will_not_fit(desk: Desk) -> None:
+    desk.open(WORKFLOWS["atlasvid_t2v_4k"])
+    desk.set_plan(width=8192, height=8192, seconds=600)
+    desk.page.locator(".atlasvid-plan.will-not-fit .problem").first.wait_for()
+    problems = desk.page.locator(".atlasvid-plan .problem").all_inner_texts()
+    assert any("se at most about" in text and "seconds at this size" in text for text in problems)
+
+
+def test_missing_files_are_named(desk: Desk) -> None:
+    workflow = WORKFLOWS["atlasvid_i2v_4k"]
+    desk.open(workflow)
+    desk.page.get_by_test_id("error-overlay-see-errors").dispatch_event("click")
+    for node in workflow["nodes"]:
+        for model in node["properties"].get("models", ()):
+            desk.page.get_by_text(model["name"]).last.wait_for()
+            assert model["url"].endswith(model["name"])
+
+
+def test_demo_shows_its_video_in_the_node(desk: Desk) -> None:
+    page = desk.page
+    desk.open(WORKFLOWS["atlasvid_demo"])
+    desk.set_plan(width=256, height=144, seconds=0.5, proxy_short_side=128)
+    ended = page.evaluate(
+        """async () => {
+            const end = new Promise((done) => {
+                for (const kind of ["execution_success", "execution_error"])
+                    app.api.addEventListener(kind, (event) => done([kind, event.detail]))
+            })
+            await app.queuePrompt(0)
+            return await end
+        }"""
+    )
+    assert ended[0] == "execution_success", ended
+    for prefix in ("atlasvid_demo_proxy", "atlasvid_demo"):
+        page.wait_for_function(
+            """(prefix) => [...document.querySelectorAll("video, video source")].some(
+                (video) => new RegExp(prefix + "_\\\\d").test(video.src))""",
+            arg=prefix,
+        )
+    page.locator(".atlasvid-plan pre").get_by_text("Target 256 x 144").wait_for()
+    listed = page.locator(".atlasvid-plan table")
+    listed.get_by_text("AtlasVid Tiny Models").wait_for()
+    assert not desk.errors
+
+
+def test_blueprint_is_offered(desk: Desk) -> None:
+    page = desk.page
+    offered = page.evaluate("async () => (await app.api.fetchApi('/global_subgraphs')).json()")
+    ours = [item for item in offered.values() if item["name"] == "AtlasVid prompt to 4K"]
+    assert len(ours) == 1
+    blueprint = json.loads((ROOT / "subgraphs" / "AtlasVid prompt to 4K.json").read_text("utf-8"))
+    page.evaluate("(workflow) => app.loadGraphData(workflow)", blueprint)
+    used = {node["class_type"] for node in desk.prompt().values()}
+    assert {"AtlasVidPlan", "AtlasVidHierarchicalAttention", "AtlasVidDecodeToVideo"} <= used
+    assert not desk.errors
+
+
+def test_texts_and_help_are_served(server: comfy_server.Server) -> None:
+    texts = comfy_server.request(f"{server.address}/i18n")
+    assert texts["zh"]["nodeDefs"]["AtlasVidPlan"]["display_name"] == "AtlasVid 计划"
+    for page in ("AtlasVidPlan.md", "AtlasVidPlan/zh.md", "images/AtlasVidPlan.png"):
+        with urllib.request.urlopen(f"{server.address}/extensions/atlasvid/docs/{page}") as answer:
+            assert answer.status == 200
+
+
+def test_plan_is_answered_by_the_engine(server: comfy_server.Server) -> None:
+    values = {"width": 3840, "height": 2160, "seconds": 10, "fps": 16}
+    values |= {"proxy_short_side": 480, "temporal_stride": 4}
+    address = f"{server.address}/atlasvid/plan?{urllib.parse.urlencode(values)}"
+    plan = comfy_server.request(address)
+    assert plan["target"]["frames"] == 161
+    assert plan["proxy"] == {"width": 848, "height": 480, "frames": 41, "stride": 4}
+    wrong = comfy_server.request(address.replace("width=3840", "width=12"))
+    assert wrong == {"error": "width is 12; allowed is 128 to 8192."}

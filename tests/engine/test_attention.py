@@ -1,0 +1,83 @@
+import logging
+
+import comfy.ldm.modules.attention as stock
+import pytest
+import torch
+from atlasvid.engine import attention
+from atlasvid.engine.attention import override_for
+from wan import rand
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """Registers a kernel under the name of an optional package, as its import would."""
+
+    def register(function):
+        monkeypatch.setitem(stock.REGISTERED_ATTENTION_FUNCTIONS, "sage", function)
+        monkeypatch.setattr(attention, "_verdicts", {})
+
+    return register
+
+
+def run(override):
+    q, k, v = rand(2, 20, 256, seed=1), rand(2, 30, 256, seed=2), rand(2, 30, 256, seed=3)
+    options = {"optimized_attention_override": override} if override else {}
+    out = stock.optimized_attention(q, k, v, heads=2, transformer_options=options)
+    return out, stock.attention_pytorch(q, k, v, heads=2)
+
+
+def test_auto_follows_comfyui_and_is_fused_on_the_cpu():
+    out, expected = run(override_for("auto", CPU))
+    assert torch.equal(out, expected)
+    assert override_for("auto", torch.device("meta")) is None
+
+
+def test_a_kernel_within_its_error_is_used(kernel, caplog):
+    calls = []
+
+    def rounding(q, k, v, heads, **kwargs):
+        calls.append(len(q))
+        return stock.attention_pytorch(q, k, v, heads) * 1.01
+
+    kernel(rounding)
+    out, expected = run(override_for("sage", CPU))
+    assert torch.allclose(out, expected * 1.01)
+    assert calls == [1, 2], "checked on one row, then used"
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("wrong", ["nan", "far", "raises"])
+def test_a_wrong_kernel_is_dropped_with_one_line(kernel, caplog, wrong):
+    def broken(q, k, v, heads, **kwargs):
+        if wrong == "raises":
+            raise RuntimeError("no kernel image is available")
+        return stock.attention_pytorch(q, k, v, heads) * (float("nan") if wrong == "nan" else 2)
+
+    kernel(broken)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            out, expected = run(override_for("sage", CPU))
+            assert torch.equal(out, expected)
+    assert len(caplog.records) == 1
+    assert "using PyTorch's" in caplog.text
+
+
+def test_sage_by_start_flag_is_checked_too(kernel, monkeypatch):
+    def broken(q, k, v, heads, **kwargs):
+        return q * float("nan")
+
+    kernel(broken)
+    monkeypatch.setattr(stock, "optimized_attention", broken)
+    override = override_for("auto", torch.device("meta"))
+    assert override is not None
+    q = rand(1, 8, 256)
+    assert override(broken, q, q, q, 2).isfinite().all()
+
+
+def test_a_missing_kernel_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"'flash'.*not installed.*available are auto, pytorch"):
+        override_for("flash", CPU)
+    with pytest.raises(ValueError, match="'quick'; allowed are auto, pytorch, sage"):
+        override_for("quick", CPU)

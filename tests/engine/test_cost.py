@@ -1,0 +1,179 @@
+"""The cost model against counters of what really runs."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from atlasvid.engine import calibration, cost, host, overview, tiny
+from atlasvid.engine.cost import ModelShape, Rates, Settings
+from atlasvid.engine.detail import apply_detail_branch
+from atlasvid.engine.grid import Grid
+from atlasvid.engine.plan import make_plan
+from atlasvid.engine.windows import COMPACT
+from torch.utils.flop_counter import FlopCounterMode
+from wan import WAN21, forward, plan_of, rand, small_wan
+
+SHAPE = ModelShape("small", dim=256, layers=3, ffn_dim=512, text_tokens=16)
+UHD = make_plan(WAN21, 3840, 2160, 10.0, 16.0, 480, 4)
+MACHINE = cost.Machine(card=24 * 2**30, host=64 * 2**30, disk=200 * 2**30)
+RATES = Rates(1e14, 1e14, 1e12, 2e13, 1e10)
+QUERY = {
+    "width": "3840",
+    "height": "2160",
+    "seconds": "10",
+    "fps": "16",
+    "proxy_short_side": "480",
+    "temporal_stride": "4",
+}
+
+
+def explicit_attention(chosen, q, k, v, heads, **_):
+    """Attention as two matrix products, which the counter sees."""
+    del chosen
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    scores = (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1)
+    return (scores @ v).transpose(1, 2).flatten(2)
+
+
+def counted(patcher, *inputs) -> int:
+    options = patcher.model_options["transformer_options"]
+    options["optimized_attention_override"] = explicit_attention
+    with FlopCounterMode(display=False) as counter:
+        forward(patcher, *inputs)
+    return counter.get_total_flops()
+
+
+def inputs_of(latent):
+    return rand(1, 16, *latent), torch.tensor([500.0]), rand(1, 16, 4096)
+
+
+@pytest.mark.parametrize("window", [Grid(4, 8, 8), Grid(3, 5, 7), Grid(99, 99, 99)])
+@pytest.mark.parametrize("overlap", ["shifted", "sliding"])
+def test_flops_of_the_detail_branch(window, overlap):
+    plan = plan_of((9, 24, 32), (3, 12, 16))
+    model = apply_detail_branch(
+        small_wan(), plan, rand(1, 16, 3, 12, 16), window, "matched", overlap=overlap
+    )
+    settings = Settings(window.clipped(plan.tokens), overlap=overlap)
+    # The guide's last block only makes keys and values.
+    work = cost.detail_work(SHAPE, plan, settings, 4) + cost.proxy_work(SHAPE, plan, 4)
+    measured = counted(model, *inputs_of(plan.latent))
+    assert work.flops == pytest.approx(measured, rel=0.08)
+
+
+def test_flops_of_the_stock_forward():
+    plan = plan_of((5, 16, 24), (2, 8, 12))
+    work = cost.full_attention_work(SHAPE, plan, 4)
+    assert work.flops == pytest.approx(counted(small_wan(), *inputs_of(plan.latent)), rel=0.01)
+
+
+def test_flops_of_the_decoder():
+    vae = host.load_vae(tiny.vae_state(dim=16)).first_stage_model.float()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        pixels = vae.decode(rand(1, 16, 3, 8, 8))
+    plan = plan_of((3, 8, 8), (1, 4, 4))
+    assert tuple(pixels.shape[2:]) == (plan.frames, plan.height, plan.width)
+    shape = replace(SHAPE, vae_channels=16)
+    assert cost.decode_flops(shape, plan) == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+def test_paper_s_reduction_of_attention():
+    """1208.2 x fewer FLOPs per layer at 4K x 161 frames (AtlasVid, table of the abstract)."""
+    tokens = UHD.tokens.count
+    keys = COMPACT.count + cost.guide_keys(UHD, COMPACT)
+    assert tokens / keys == pytest.approx(1208.2, rel=0.01)
+
+
+def test_more_of_anything_takes_longer():
+    settings = Settings(COMPACT)
+    base = cost.seconds(cost.WAN_1_3B, UHD, settings, MACHINE, RATES)
+    longer = make_plan(WAN21, 3840, 2160, 20.0, 16.0, 480, 4)
+    wider = replace(settings, window=Grid(8, 32, 32))
+    twice = replace(settings, detail_evaluations=2 * settings.detail_evaluations)
+    clean = replace(settings, guide_noise="clean")
+    for plan, chosen in ((longer, settings), (UHD, wider), (UHD, twice)):
+        assert cost.seconds(cost.WAN_1_3B, plan, chosen, MACHINE, RATES).total > base.total
+    assert cost.seconds(cost.WAN_1_3B, UHD, clean, MACHINE, RATES).detail < base.detail
+
+
+def test_what_will_not_fit_names_a_plan_that_fits():
+    machine = replace(MACHINE, card=2 * 2**30, host=8 * 2**30)
+    settings = Settings(COMPACT, streamed_decode=False)
+    need = cost.memory(cost.WAN_1_3B, UHD, settings, machine)
+    found = cost.problems(UHD, need, machine)
+    assert any("AtlasVid Decode to Video" in text for text in found)
+    large = make_plan(WAN21, 8192, 8192, 600.0, 16.0, 480, 4)
+    need = cost.memory(cost.WAN_1_3B, large, Settings(COMPACT), MACHINE)
+    found = cost.problems(large, need, MACHINE)
+    text = next(line for line in found if "card memory" in line)
+    length = float(text.split("at most about ")[1].split(" seconds")[0])
+    shorter = make_plan(WAN21, 8192, 8192, length, 16.0, 480, 4)
+    need = cost.memory(cost.WAN_1_3B, shorter, Settings(COMPACT), MACHINE)
+    assert need.card_least <= MACHINE.card
+
+
+def test_calibration_is_kept(tmp_path, monkeypatch):
+    file = tmp_path / "folder" / "rates.json"
+    assert calibration.known_rates(SHAPE, file) is None
+    rates = calibration.rates_of(SHAPE, file)
+    assert all(value > 0 for value in vars(rates).values())
+    monkeypatch.setattr(calibration, "measure", None)  # would fail if it were measured again
+    assert calibration.rates_of(SHAPE, file) == rates
+    file.write_text("broken", "utf-8")
+    assert calibration.known_rates(SHAPE, file) is None
+
+
+def test_overview_has_a_picture_and_a_list():
+    shown = overview.overview({**QUERY, "window": "compact", "model": "AtlasVidTinyModels"})
+    assert shown["target"]["frames"] == 161
+    assert shown["windows"]["columns"][0][:3] == [0, 256, 512]
+    assert shown["windows"]["columns"][1][:3] == [0, 128, 384]
+    rows = dict(shown["rows"])
+    assert rows["Model"] == "AtlasVid Tiny Models"
+    assert rows["Keys per query"] == "1,024 + 75 of the guide"
+    json.dumps(shown)
+
+
+@pytest.mark.parametrize(
+    ("graph", "keys"),
+    [
+        ({}, "17,490 + 416 of the guide"),
+        ({"window": "auto", "guide_lora": "1"}, "1,024 + 75 of the guide"),
+        ({"window": "custom", "window.frames": "2", "window.height": "8"}, "16 + 12 of the guide"),
+    ],
+)
+def test_overview_resolves_the_window(graph, keys):
+    rows = dict(overview.overview({**QUERY, **graph})["rows"])
+    assert rows["Keys per query"] == keys
+
+
+def test_overview_knows_a_model_by_its_file(tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+
+    file = tmp_path / "some_wan.safetensors"
+    state = tiny.wan_state(num_layers=2, dim=384, num_heads=3, ffn_dim=640)
+    save_file({f"model.diffusion_model.{name}": value for name, value in state.items()}, file)
+    shape = overview.shape_of_file(file)
+    assert shape is not None
+    assert (shape.dim, shape.layers, shape.ffn_dim, shape.in_channels) == (384, 2, 640, 16)
+    assert shape.weight_bytes == file.stat().st_size
+    loaded = overview.shape_of_model(small_wan())
+    assert (loaded.dim, loaded.layers, loaded.ffn_dim, loaded.out_channels) == (256, 3, 512, 16)
+    again = overview.overview({**QUERY, "shape": overview.shape_record(small_wan())})
+    assert "assumed" not in dict(again["rows"])["Model"]
+    assert "assumed" in dict(overview.overview(QUERY)["rows"])["Model"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": "many"}, "width is 'many'; it must be a number"),
+        ({"width": "10"}, "width is 10; allowed is"),
+        ({"seconds": "nan"}, "seconds is nan; it must be a finite number"),
+        ({"shape": "{}"}, "shape is not a model's shape"),
+    ],
+)
+def test_overview_says_what_is_wrong(change, message):
+    with pytest.raises(ValueError, match=message):
+        overview.overview({**QUERY, **change})

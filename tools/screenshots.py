@@ -1,0 +1,219 @@
+"""Makes the pictures of the help pages and the README, and the icon, in a real browser.
+
+python tools/screenshots.py nodes       one picture per node, into web/docs/images
+python tools/screenshots.py workflows   a thumbnail per workflow, into workflows
+python tools/screenshots.py readme      the README's pictures, into web/docs/images
+python tools/screenshots.py art         icon and banner, from their SVG
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import html
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import comfy_server
+from environment import COMFYUI, ROOT, prepare
+
+IMAGES = ROOT / "web" / "docs" / "images"
+WORKFLOWS = ROOT / "workflows"
+READY = "() => window.app && window.app.extensionManager && window.app.graph"
+SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}
+THUMBNAIL = {"width": 800, "height": 450}
+
+ONE_NODE = """async (kind) => {
+    app.graph.clear()
+    const node = LiteGraph.createNode(kind)
+    node.id = Math.floor(Math.random() * 1e9)  // the front end keeps widgets' values by id
+    node.pos = [200, 200]
+    app.graph.add(node)
+    await new Promise((done) => setTimeout(done, 4000))
+    app.canvas.ds.scale = 1
+    app.canvas.ds.offset = [0, 0]
+    app.canvas.setDirty(true, true)
+    await new Promise((done) => setTimeout(done, 500))
+    const [x, y, width, height] = node.getBounding()
+    return { x, y, width, height }
+}"""
+# Before a picture, what overlays the graph goes: messages, and the menus of the front end.
+ONLY_GRAPH = """
+    .p-toast, .p-dialog-mask, .comfyui-body-top, .comfyui-body-left, .comfyui-body-right,
+    .comfyui-body-bottom, .graph-canvas-panel, [class*="splitter-overlay"] {
+        display: none !important
+    }
+"""
+FIT = """async (workflow) => {
+    await app.loadGraphData(workflow)
+    await new Promise((done) => setTimeout(done, 1000))
+    const groups = app.graph.groups.map((group) => group.boundingRect ?? group._bounding)
+    const left = Math.min(...groups.map((g) => g[0])), top = Math.min(...groups.map((g) => g[1]))
+    const right = Math.max(...groups.map((g) => g[0] + g[2]))
+    const bottom = Math.max(...groups.map((g) => g[1] + g[3]))
+    const bar = 70  // the front end's own menus, above and to the left
+    const width = app.canvas.canvas.clientWidth - bar
+    const height = app.canvas.canvas.clientHeight - bar
+    const scale = Math.min(width / (right - left + 20), height / (bottom - top + 20))
+    app.canvas.ds.scale = scale
+    app.canvas.ds.offset = [bar / scale - left, bar / scale - top]
+    app.canvas.setDirty(true, true)
+    await new Promise((done) => setTimeout(done, 700))
+}"""
+
+
+@contextlib.contextmanager
+def opened(width: int, height: int, scale: float = 1.0) -> Iterator[Any]:
+    """A page with the front end of a real ComfyUI."""
+    from playwright.sync_api import sync_playwright
+
+    comfyui = Path(os.environ["COMFYUI_PATH"])
+    with contextlib.ExitStack() as stack:
+        base = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for model in models_of_workflows():  # so that no loader is marked in red
+            file = base / "models" / model["directory"] / model["name"]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+        server = comfy_server.running(Path(sys.executable), comfyui, base, options=("--cpu",))
+        address = stack.enter_context(server).address
+        for name, value in SETTINGS.items():
+            comfy_server.request(f"{address}/settings/{name}", value)
+        playwright = stack.enter_context(sync_playwright())
+        page = launched(playwright, width, height, scale)
+        page.goto(address)
+        page.wait_for_function(READY, timeout=60_000)
+        page.wait_for_timeout(2000)
+        yield page
+
+
+def models_of_workflows() -> Iterator[dict[str, str]]:
+    """Name and folder of every model file that the workflows name."""
+    for file in WORKFLOWS.glob("*.json"):
+        for node in json.loads(file.read_text("utf-8"))["nodes"]:
+            yield from node["properties"].get("models", ())
+
+
+def launched(playwright: Any, width: int, height: int, scale: float) -> Any:
+    """An empty page of the system's Chromium."""
+    executable = shutil.which("chromium") or shutil.which("chromium-browser")
+    browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+    size = {"width": width, "height": height}
+    return browser.new_page(viewport=size, device_scale_factor=scale)
+
+
+def nodes() -> None:
+    """One picture per node of the pack."""
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    with opened(1000, 1300) as page:
+        known = page.evaluate("() => Object.keys(LiteGraph.registered_node_types)")
+        kinds = [kind for kind in known if kind.startswith("AtlasVid")]
+        page.add_style_tag(content=ONLY_GRAPH)
+        for kind in kinds:
+            box = page.evaluate(ONE_NODE, kind)
+            clip = {
+                "x": box["x"] - 12,
+                "y": box["y"] - 30,
+                "width": box["width"] + 24,
+                "height": box["height"] + 42,
+            }
+            page.screenshot(path=IMAGES / f"{kind}.png", clip=clip)
+
+
+def workflows() -> None:
+    """A thumbnail beside every workflow, drawn from it."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        page = launched(playwright, **THUMBNAIL, scale=1.0)
+        for file in sorted(WORKFLOWS.glob("*.json")):
+            page.set_content(graph_drawing(json.loads(file.read_text("utf-8"))))
+            page.screenshot(path=file.with_suffix(".jpg"), type="jpeg", quality=85)
+
+
+def graph_drawing(workflow: dict[str, Any]) -> str:
+    """A page with the workflow's title, its groups, nodes and links, to scale."""
+    note = next(n for n in workflow["nodes"] if n["type"] == "MarkdownNote")
+    title = note["widgets_values"][0].splitlines()[0].removeprefix("## ")
+    nodes = {node["id"]: node for node in workflow["nodes"] if node is not note}
+    groups = [group["bounding"] for group in workflow["groups"]]
+    left, top = min(g[0] for g in groups), min(g[1] for g in groups)
+    right, bottom = max(g[0] + g[2] for g in groups), max(g[1] + g[3] for g in groups)
+    parts = [
+        f"<rect x='{x}' y='{y}' width='{w}' height='{h}' rx='20' fill='{group['color']}' "
+        f"fill-opacity='.22' stroke='{group['color']}' stroke-width='4'/>"
+        for group, (x, y, w, h) in zip(workflow["groups"], groups, strict=True)
+    ]
+    for _, source, output, target, slot, _ in workflow["links"]:
+        (x1, y1), (x2, y2) = nodes[source]["pos"], nodes[target]["pos"]
+        x1, y1, y2 = x1 + nodes[source]["size"][0], y1 + 20 * output + 10, y2 + 20 * slot + 10
+        bend = max(60, (x2 - x1) / 2)
+        parts.append(
+            f"<path d='M{x1},{y1} C{x1 + bend},{y1} {x2 - bend},{y2} {x2},{y2}' fill='none' "
+            "stroke='#9ab' stroke-width='5' stroke-opacity='.5'/>"
+        )
+    for node in nodes.values():
+        (x, y), (width, height) = node["pos"], node["size"]
+        colour = node.get("bgcolor", "#444")
+        words = node.get("title") or node["type"].replace("AtlasVid", "")
+        parts.append(
+            f"<rect x='{x}' y='{y - 30}' width='{width}' height='{height + 30}' rx='12' "
+            f"fill='{colour}'/><text x='{x + 14}' y='{y + 8}' font-size='34' fill='#fff' "
+            f"textLength='{min(width - 28, 17 * len(words))}' lengthAdjust='spacingAndGlyphs'>"
+            f"{html.escape(words)}</text>"
+        )
+    view = f"{left - 20} {top - 20} {right - left + 40} {bottom - top + 40}"
+    return (
+        "<body style='margin:0;background:#1b1720;color:#fff;font-family:sans-serif'>"
+        f"<div style='font-size:36px;font-weight:700;padding:18px 24px 6px'>{html.escape(title)}"
+        "</div><svg xmlns='http://www.w3.org/2000/svg' style='width:800px;height:375px' "
+        f"viewBox='{view}' font-family='sans-serif'>{''.join(parts)}</svg></body>"
+    )
+
+
+def readme() -> None:
+    """The whole 4K graph, and the plan node close up."""
+    with opened(1900, 1000) as page:
+        page.add_style_tag(content=ONLY_GRAPH)
+        workflow = json.loads((WORKFLOWS / "atlasvid_t2v_4k.json").read_text("utf-8"))
+        page.evaluate(FIT, workflow)
+        page.screenshot(path=IMAGES / "workflow_t2v_4k.jpg", type="jpeg", quality=80)
+
+
+def art() -> None:
+    """Icon and banner as PNG, from the SVG beside them."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        for name, width, height in (("icon", 400, 400), ("banner", 1344, 576)):
+            page = launched(playwright, width, height, 1.0)
+            drawing = (IMAGES / f"{name}.svg").read_text("utf-8")
+            page.set_content(f"<body style='margin:0'>{drawing}</body>")
+            page.screenshot(path=IMAGES / f"{name}.png", omit_background=True)
+
+
+def main() -> int:
+    kinds = {"nodes": nodes, "workflows": workflows, "readme": readme, "art": art}
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("what", nargs="*", help="of the above; everything when left out")
+    wanted = parser.parse_args().what or list(kinds)
+    if not os.environ.get("COMFYUI_PATH"):
+        setup = prepare(tests=True)
+        environment = {**os.environ, "COMFYUI_PATH": str(setup.comfyui[COMFYUI])}
+        os.execve(setup.python, [str(setup.python), *sys.argv], environment)
+    for name in wanted:
+        kinds[name]()
+    return 0
+
+
+if __name__ == "__main__":
+    from environment import stop_on_errors
+
+    stop_on_errors(main)

@@ -1,0 +1,136 @@
+"""Trains an AtlasVid LoRA on a folder of clips, each with its caption in a .txt file beside it.
+
+    python tools/train.py guide --clips my_clips --model wan2.1_t2v_1.3B_bf16.safetensors \\
+        --text-encoder umt5_xxl_fp8_e4m3fn_scaled.safetensors --vae wan_2.1_vae.safetensors
+
+Stage guide makes a LoRA for AtlasVid Guide LoRA, stage proxy an ordinary one for the model that
+samples the proxy. Run again to go on from where a run was stopped. --tiny tries it on small random
+models. The first run fetches a ComfyUI and an environment where there is none of yours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from comfy_server import has_accelerator
+from demo import own_comfyui, own_python
+from environment import COMFYUI, SetupError, cache_folder, prepare, say, stop_on_errors
+
+WORKER = Path(__file__).with_name("train_worker.py")
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("stage", choices=("guide", "proxy"), help="what the LoRA is for")
+    add("--clips", type=Path, required=True, metavar="FOLDER", help="clips and captions")
+    add("--name", help="of the LoRA and the run (default: atlasvid_<stage>)")
+
+    models = parser.add_argument_group("models (safetensors files)")
+    models.add_argument("--model", type=Path, metavar="FILE", help="a Wan text-to-video model")
+    models.add_argument("--text-encoder", type=Path, metavar="FILE", help="its UMT5")
+    models.add_argument("--vae", type=Path, metavar="FILE", help="its VAE")
+    models.add_argument("--tiny", action="store_true", help="small random models instead")
+
+    plan = parser.add_argument_group("sizes to train at, as in AtlasVid Plan")
+    for name, default, text in (
+        ("width", 1280, "of the target"),
+        ("height", 720, "of the target"),
+        ("seconds", None, "of a cut (default: 5 for guide, 20 for proxy)"),
+        ("fps", 16.0, "of the target"),
+        ("proxy-short-side", None, "(default: 160 for guide, height for proxy)"),
+        ("temporal-stride", 4, "frames of the target per frame of the proxy"),
+    ):
+        kind = float if name in ("seconds", "fps") else int
+        plan.add_argument(f"--{name}", type=kind, default=default, help=text)
+
+    run = parser.add_argument_group("training")
+    for name, kind, default, text in (
+        ("steps", int, 1000, "in all, resumed ones too"),
+        ("rank", int, 16, "of the LoRA"),
+        ("alpha", float, 16.0, "its scale is alpha / rank"),
+        ("targets", str, "attention and feed-forward", "layers: this, attention, self-attention"),
+        ("optimizer", str, "AdamW", "AdamW or Prodigy"),
+        ("learning-rate", float, 0.0, "0: 0.0001 for AdamW, 1 for Prodigy"),
+        ("window", str, "compact", "windows of stage guide: compact or 'trained size'"),
+        ("shift", float, 5.0, "of the noise levels"),
+        ("sigma-min", float, 0.0, "lowest noise level"),
+        ("sigma-max", float, 1.0, "highest noise level"),
+        ("caption-dropout", float, 0.1, "share of steps without words"),
+        ("accumulate", int, 1, "clips per step and card"),
+        ("precision", str, "bf16", "bf16 or fp32"),
+        ("cuts-per-clip", int, 4, "at most"),
+        ("save-every", int, 250, "steps between checkpoints"),
+        ("seed", int, 0, "of everything random"),
+    ):
+        run.add_argument(f"--{name}", type=kind, default=default, help=f"{text} ({default})")
+    run.add_argument("--restart", action="store_true", help="forget a stopped run of this name")
+
+    place = parser.add_argument_group("machine and folders")
+    place.add_argument("--cards", type=int, default=1, help="processes, one per card (1)")
+    place.add_argument("--cpu", action="store_true", help="even where there is a card")
+    place.add_argument("--output", type=Path, metavar="FOLDER", help="where the LoRA goes")
+    place.add_argument("--work", type=Path, metavar="FOLDER", help="for latents and checkpoints")
+    place.add_argument("--comfyui", type=Path, metavar="PATH", help="use this ComfyUI")
+    place.add_argument("--python", type=Path, metavar="PATH", help="the Python that it runs with")
+    return parser
+
+
+def require_models(options: argparse.Namespace) -> None:
+    """Raises SetupError for model files that are not named or not there."""
+    if options.tiny:
+        return
+    files = {
+        "--model": options.model,
+        "--text-encoder": options.text_encoder,
+        "--vae": options.vae,
+    }
+    for flag, file in files.items():
+        if file is None:
+            raise SetupError(f"name the model files: {flag} FILE is missing (or try --tiny)")
+        if not file.expanduser().is_file():
+            raise SetupError(f"there is no file {file} ({flag})")
+
+
+def train() -> int:
+    options = arguments().parse_args()
+    require_models(options)
+    comfyui = own_comfyui(options.comfyui)
+    loras = comfyui / "models" / "loras" if comfyui else cache_folder() / "training"
+    if comfyui:
+        python = own_python(comfyui, options.python)
+    else:
+        setup = prepare(training=True)
+        python, comfyui = setup.python, setup.comfyui[COMFYUI]
+    cpu = options.cpu or not has_accelerator(python)
+    command = [str(python), *launcher(options.cards), str(WORKER), *sys.argv[1:]]
+    if cpu and not options.cpu:
+        command.append("--cpu")
+    command += ["--output", str((options.output or loras).expanduser().resolve())]
+    work = options.work or cache_folder() / "training"
+    command += ["--work", str(work.expanduser().resolve())]
+    environment = {**os.environ, "COMFYUI_PATH": str(comfyui)}
+    say(f"training with {python} in {comfyui}" + (" on the CPU" if cpu else ""))
+    process = subprocess.Popen(command, env=environment)
+    try:
+        return process.wait()
+    except BaseException:  # Ctrl+C reached it too: let it save what was learned
+        process.wait()
+        raise
+
+
+def launcher(cards: int) -> list[str]:
+    """Python's arguments that start one process per card; accelerate joins them."""
+    if cards == 1:
+        return []
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(cards)]
+
+
+if __name__ == "__main__":
+    stop_on_errors(train)

@@ -1,0 +1,130 @@
+"""One process of `tools/train.py`, in ComfyUI's own Python."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from pack_loader import load_comfyui, load_pack
+from train import arguments
+
+SHOWN = 10
+"""Steps between two lines."""
+
+
+def main() -> int:
+    options = arguments().parse_args()
+    accelerator = one_of_many(options)
+    load_comfyui(Path(os.environ["COMFYUI_PATH"]), *(["--cpu"] if options.cpu else []))
+    load_pack()
+    first = accelerator is None or accelerator.is_main_process
+    try:
+        run(options, accelerator, first)
+    except (ValueError, RuntimeError, FileNotFoundError) as error:
+        print(f"[atlasvid] stopped: {error}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        print("[atlasvid] stopped; the next run goes on from here", file=sys.stderr, flush=True)
+        return 130
+    return 0
+
+
+def one_of_many(options: Any) -> Any:
+    """accelerate's view of the processes, or None for a single one. It also picks the card."""
+    if options.cards == 1:
+        return None
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=options.cpu)
+    assert accelerator.num_processes == options.cards, "start me through train.py"
+    return accelerator
+
+
+def run(options: Any, accelerator: Any, first: bool) -> None:
+    """Encode and train; the first process says how it goes."""
+    from atlasvid.engine import host
+    from atlasvid.engine.plan import make_plan
+    from atlasvid.engine.settings import preset_window
+    from atlasvid.engine.training.clips import clips_in_folder
+    from atlasvid.engine.training.job import Job, train
+    from atlasvid.engine.training.objective import NoiseLevels
+    from atlasvid.engine.training.trainer import Cards, TrainSettings
+    from atlasvid.engine.windows import COMPACT
+
+    clips = clips_in_folder(options.clips)
+    model, text_encoder, vae = load_models(options)
+    proxy = options.stage == "proxy"
+    plan = make_plan(
+        host.latent_space(model),
+        options.width,
+        options.height,
+        options.seconds or (20.0 if proxy else 5.0),
+        options.fps,
+        options.proxy_short_side or (min(options.width, options.height) if proxy else 160),
+        options.temporal_stride,
+    )
+    settings = TrainSettings(
+        stage=options.stage,
+        steps=options.steps,
+        rank=options.rank,
+        alpha=options.alpha,
+        targets=options.targets,
+        optimizer=options.optimizer,
+        learning_rate=options.learning_rate,
+        window=preset_window(options.window, plan, COMPACT),
+        noise=NoiseLevels(options.shift, options.sigma_min, options.sigma_max),
+        caption_dropout=options.caption_dropout,
+        accumulate=options.accumulate,
+        precision=options.precision,
+        seed=options.seed,
+        save_every=options.save_every,
+    )
+
+    def say(message: str) -> None:
+        if first:
+            print(f"[atlasvid] {message}", flush=True)
+
+    def on_clip(done: int, total: int, name: str) -> None:
+        say(f"clip {done}/{total} {name}")
+
+    def on_step(step: int, losses: list[float]) -> None:
+        if step % SHOWN == 0 or step == options.steps:
+            recent = losses[-SHOWN:]
+            say(f"step {step}/{options.steps}, loss {sum(recent) / len(recent):.4f}")
+
+    say(plan.describe())
+    result, dataset = train(
+        Job(options.output, options.work, options.name or f"atlasvid_{options.stage}"),
+        model,
+        text_encoder,
+        vae,
+        plan,
+        settings,
+        clips,
+        resume=not options.restart,
+        cuts_per_clip=options.cuts_per_clip,
+        cards=Cards(accelerator),
+        on_clip=on_clip,
+        on_step=on_step,
+    )
+    for line in dataset.report().splitlines():
+        say(line)
+    if result.resumed_at:
+        say(f"resumed after step {result.resumed_at}")
+    say(f"finished: {result.path}, curve {result.curve}")
+
+
+def load_models(options: Any) -> tuple[Any, Any, Any]:
+    """Model, text encoder and VAE, through ComfyUI's own loaders."""
+    from atlasvid.engine import host
+    from atlasvid.engine.tiny import tiny_models
+
+    if options.tiny:
+        return tiny_models(options.seed)
+    return host.load_wan_files(options.model, options.text_encoder, options.vae)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
