@@ -106,7 +106,7 @@ def test_a_guide_lora_learns_what_the_guide_shows(dataset_of, tmp_path):
     dataset = dataset_of(plan, "guide")
     model = denoiser(0.1)
     settings = TrainSettings(
-        "guide", 250, 32, 32.0, learning_rate=2e-3, window=WINDOW, caption_dropout=0.0,
+        "guide", 160, 32, 32.0, learning_rate=2e-3, window=WINDOW, caption_dropout=0.0,
         precision="fp32", noise=NoiseLevels(5.0, 0.7, 1.0),
     )  # fmt: skip
     trainer = Trainer(model, plan, settings, tmp_path / "guide.safetensors", tmp_path / "run")
