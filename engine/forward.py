@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -97,12 +98,15 @@ class DetailForward:
                     x,
                     timestep,
                     text,
-                ).keys_of_blocks()
+                )
+            keys_of_blocks = guide.keys_of_blocks() if guide else repeat(None)
+            guide_phase = "guide" if guide and not guide.is_kept else "detail"
             progress = self._progress()
             for i in range(len(self.model.blocks)):
-                progress.at_block(i, "detail")
                 self.options["block_index"] = i
-                keys = next(guide) if guide is not None else None
+                progress.at_block(i, guide_phase)
+                keys = next(keys_of_blocks)
+                progress.at_block(i, "detail")
                 if whole is not None and ("double_block", i) in self._replacements():
                     whole.copy_(self._replaced(i, whole, e0, text, keys, chunk))
                 else:
@@ -158,7 +162,7 @@ class DetailForward:
     def _progress(self) -> Any:
         sigmas, schedule = self.options.get("sigmas"), self.options.get("sample_sigmas")
         known = () if schedule is None else tuple(schedule.tolist())
-        progress = self.run.progress(known, len(self.model.blocks))
+        progress = self.run.progress(known, len(self.model.blocks), self.plan.tokens.count)
         progress.begin_forward(0.0 if sigmas is None else float(sigmas.max()))
         return progress
 

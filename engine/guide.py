@@ -52,13 +52,23 @@ class GuideStream:
         self.plan = settings.plan
         self.clean = settings.guide_noise == "clean"
 
+    @property
+    def _key(self) -> tuple:
+        """What the keys and values depend on within a run."""
+        return (id(self.base), id(self.settings), *self.options.get("uuids", ()))
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether an earlier step left the keys and values."""
+        return self._key in self.run.guide_keys
+
     def keys_of_blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Per block: unrotated keys and values [B, L_g, C].
 
         With `clean` noise they are computed in the run's first step and kept for its other steps,
         where the memory plan has room for them.
         """
-        key = (id(self.base), id(self.settings), *self.options.get("uuids", ()))
+        key = self._key
         kept = self.run.guide_keys.get(key)
         device = self.x.device
         if kept is not None:

@@ -18,12 +18,14 @@ class RunProgress:
     Args:
         schedule: noise levels of the run, falling; empty where unknown.
         blocks: blocks of the model.
+        tokens: target tokens of one video.
     """
 
-    def __init__(self, schedule: tuple[float, ...], blocks: int):
+    def __init__(self, schedule: tuple[float, ...], blocks: int, tokens: int):
         self.schedule = schedule[:-1]
         self.steps = len(self.schedule)
         self.blocks = blocks
+        self.tokens = tokens
         self._step = 0
         self._forward = 0
         self._forwards_per_step = 1
@@ -42,6 +44,14 @@ class RunProgress:
         """Share of the run that is done when `block` blocks of this forward are."""
         in_step = (self._forward + block / self.blocks) / self._forwards_per_step
         return min(1.0, (self._step - 1 + in_step) / max(1, self.steps))
+
+    def done(self) -> None:
+        """The run has ended: what was done, in place of the last step's line."""
+        if self._step:
+            spent = duration(time.monotonic() - self._begun)
+            host.show_progress(
+                f"detail done: {self._step} steps in {spent}, {self.tokens:,} tokens"
+            )
 
     def at_block(self, block: int, phase: str) -> None:
         """Block number `block` of this forward begins."""

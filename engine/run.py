@@ -39,11 +39,16 @@ class SamplingRun:
             self._made[key] = make()
         return self._made[key]
 
-    def progress(self, schedule: tuple[float, ...], blocks: int) -> RunProgress:
+    def progress(self, schedule: tuple[float, ...], blocks: int, tokens: int) -> RunProgress:
         """The run's one progress report."""
         if self._progress is None:
-            self._progress = RunProgress(schedule, blocks)
+            self._progress = RunProgress(schedule, blocks, tokens)
         return self._progress
+
+    def finish(self) -> None:
+        """The sampler came to its end."""
+        if self._progress is not None:
+            self._progress.done()
 
     def noise_like(self, latent: Tensor) -> Tensor:
         """The run's one noise for the guide latent, the stock sampler's for the same seed."""
@@ -82,7 +87,9 @@ def open_run(executor: Any, noise: Tensor, latent_image: Tensor, *args: Any, **k
     options[KEY] = run
     host.make_innermost(options, KEY)
     try:
-        return executor(noise, latent_image, *args, **kwargs)
+        result = executor(noise, latent_image, *args, **kwargs)
+        run.finish()
+        return result
     finally:
         options.pop(KEY, None)
         run.close()

@@ -258,7 +258,7 @@ def test_progress_knows_steps_and_time(monkeypatch):
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     said = []
     monkeypatch.setattr(host, "show_progress", said.append)
-    report = progress.RunProgress(schedule=(1.0, 0.75, 0.5, 0.25, 0.0), blocks=10)
+    report = progress.RunProgress(schedule=(1.0, 0.75, 0.5, 0.25, 0.0), blocks=10, tokens=1280)
     for sigma in (1.0, 0.75, 0.5):
         for _ in range(2):  # positive and negative
             report.begin_forward(sigma)
@@ -269,11 +269,13 @@ def test_progress_knows_steps_and_time(monkeypatch):
     assert report.fraction(10) == pytest.approx(0.75)
     assert said[-1].endswith("about 21 s left")
     assert "left" not in said[0]
+    report.done()
+    assert said[-1] == "detail done: 3 steps in 1 min 0 s, 1,280 tokens"
 
 
 def test_progress_of_samplers_that_visit_levels_in_between(monkeypatch):
     monkeypatch.setattr(host, "show_progress", lambda text: None)
-    report = progress.RunProgress(schedule=(1.0, 0.5, 0.0), blocks=4)
+    report = progress.RunProgress(schedule=(1.0, 0.5, 0.0), blocks=4, tokens=1280)
     fractions = []
     for sigma in (1.0, 0.7, 0.5, 0.3):  # dpm_2: a level of the schedule, then one in between
         report.begin_forward(sigma)
