@@ -20,6 +20,8 @@ def load_comfyui(folder: Path, *options: str) -> None:
     import comfy.cli_args  # parses sys.argv at import
 
     sys.argv = argv
+    # As in a server: before ComfyUI 0.18's nodes.py puts comfy/, with its utils.py, first.
+    importlib.import_module("utils.install_util")
 
 
 def load_pack() -> None:

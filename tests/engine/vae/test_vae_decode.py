@@ -228,7 +228,7 @@ def test_modelled_memory_is_what_a_real_tile_takes(rows_cols):
     grid = Grid(270, 480, *rows_cols)
     tile = grid.tiles[grid.cols * (grid.rows // 2) + grid.cols // 2]
     peak = traced_peak(cost, tile)
-    assert peak <= cost.peak_bytes(grid) <= 1.4 * peak
+    assert peak <= cost.peak_bytes(grid) <= 1.5 * peak
 
 
 def test_the_tiles_of_a_4k_frame_take_under_six_gibibytes():
