@@ -13,7 +13,7 @@ NATIVE_STEPS = 50
 PROXY_STEPS = 30
 DETAIL_STEPS = 20
 CFG = 5.0
-CPU_CASE = {"width": 1024, "height": 768, "seconds": 2.0, "short_side": 192}
+CPU_CASE = {"width": 768, "height": 512, "seconds": 2.0, "short_side": 128}
 CUDA_CASE = {"width": 3840, "height": 2160, "seconds": 5.0, "short_side": 480}
 
 
