@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import blocks, host
+from .chunks import ChunkSize
 from .grid import Grid
 from .sparsity import keep_blocks
 from .tokens import Tokens
@@ -33,7 +34,7 @@ class BlockTask:
     guide: tuple[Tensor, Tensor] | None
     heads: int
     options: dict
-    chunk: host.ChunkSize
+    chunk: ChunkSize
     device: torch.device
     keep_blocks: int = 0
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import host
+from .chunks import ChunkSize, in_chunks
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def feed_forward(block: Any, x: Tensor, modulation: Modulation) -> Tensor:
 
 
 def per_token(
-    block: Any, x: Tensor, modulation: Modulation, text: Text, options: dict, chunk: host.ChunkSize
+    block: Any, x: Tensor, modulation: Modulation, text: Text, options: dict, chunk: ChunkSize
 ) -> None:
     """Cross-attention and feed-forward in place on x [1, n, C], `chunk` tokens at a time.
 
@@ -132,5 +133,6 @@ def per_token(
         part_gate = gate if len(gate) == 1 else gate[start:stop]
         part.addcmul_(feed_forward(block, part, rows), part_gate)
 
-    host.in_chunks(x.shape[1], chunk, cross)
-    host.in_chunks(x.shape[1], chunk, forward)
+    tokens = range(1, x.shape[1] + 1)
+    in_chunks(tokens, chunk, cross)
+    in_chunks(tokens, chunk, forward)

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import blocks, host
 from .attention import override_for
 from .block_task import BlockTask, WindowAttention
+from .chunks import ChunkSize
 from .guide import GuideStream
 from .latents import require_shape
 from .memory import CPU_CHUNK, CUDA_CHUNK, MemoryPlan, Workload, plan_memory
@@ -78,9 +79,7 @@ class DetailForward:
         )
         self._set_options(x)
         memory = self.run.once(("memory", id(self.settings), len(x)), lambda: self._plan_memory(x))
-        chunk = self.run.once(
-            ("chunk", id(self.settings), len(x)), lambda: host.ChunkSize(memory.chunk)
-        )
+        chunk = self.run.once(("chunk", id(self.settings), len(x)), lambda: ChunkSize(memory.chunk))
         e, e0 = host.time_embedding(self.model, timestep, x.dtype)
         text = self._text(context, clip_fea)
         with ExitStack() as stack:
@@ -214,7 +213,7 @@ class DetailForward:
         e0: Tensor,
         text: blocks.Text,
         guide_keys: tuple[Tensor, Tensor] | None,
-        chunk: host.ChunkSize,
+        chunk: ChunkSize,
     ) -> Tensor:
         """A block that another node replaced, with ours as the original that it may call."""
 
@@ -256,7 +255,7 @@ class DetailForward:
         e0: Tensor,
         text: blocks.Text,
         guide_keys: tuple[Tensor, Tensor] | None,
-        chunk: host.ChunkSize,
+        chunk: ChunkSize,
     ) -> None:
         """One block in place on the tokens of every video."""
         block = self.model.blocks[index]

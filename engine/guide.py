@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import blocks, host
+from .chunks import ChunkSize, in_chunks
 from .latents import shrink_condition
 from .memory import MemoryPlan
 from .rope import RopeAxes, join_axes
@@ -33,7 +34,7 @@ class GuideStream:
         run: SamplingRun,
         options: dict,
         memory: MemoryPlan,
-        chunk: host.ChunkSize,
+        chunk: ChunkSize,
         x: Tensor,
         timestep: Tensor,
         text: blocks.Text,
@@ -73,7 +74,10 @@ class GuideStream:
         device = self.x.device
         if kept is not None:
             for keys, values in kept:
-                yield keys.to(device, non_blocking=True), values.to(device, non_blocking=True)
+                if keys.device == device:
+                    yield keys, values
+                else:
+                    yield host.upload(keys, device), host.upload(values, device)
             return
         keep = self.clean and self.run.keep_guide and self.memory.guide != "recompute"
         fresh: list[tuple[Tensor, Tensor]] = []
@@ -93,7 +97,7 @@ class GuideStream:
 
     def _evaluate(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Per block: keys and values, computed."""
-        grid, model, options = self.plan.proxy_tokens, self.model, self.options
+        grid, model = self.plan.proxy_tokens, self.model
         heads = model.num_heads
         timestep = self._timestep()
         tokens = self._embed(self._latent(timestep))
@@ -101,33 +105,61 @@ class GuideStream:
         freqs = self._own_positions(tokens.device)
         frame_of_token = torch.arange(grid.frames, device=tokens.device)
         frame_of_token = frame_of_token.repeat_interleave(grid.height * grid.width)
-        chunk = self.chunk
         for i, block in enumerate(model.blocks):
-            modulations = [
-                blocks.Modulation.of(block, item).of_tokens(frame_of_token) for item in e0
-            ]
-            y = torch.cat(
-                [
-                    blocks.attention_input(block, item[None], m)
-                    for item, m in zip(tokens, modulations, strict=True)
-                ]
-            )
-            keys, values = blocks.keys(block.self_attn, y), block.self_attn.v(y)
+            rows = [blocks.Modulation.of(block, item).of_tokens(frame_of_token) for item in e0]
+            keys, values = torch.empty_like(tokens), torch.empty_like(tokens)
+            for item in range(len(tokens)):
+                self._fill_keys(block, tokens[item], rows[item], keys[item], values[item])
             yield keys, values
             if i == len(model.blocks) - 1:
                 return
-            attended = host.attention(
-                blocks.rotate(blocks.queries(block.self_attn, y), heads, freqs),
-                blocks.rotate(keys, heads, freqs),
-                values,
-                heads,
-                options,
-            )
-            del y, keys, values
-            for item, modulation in enumerate(modulations):
+            keys = blocks.rotate(keys, heads, freqs)
+            for item in range(len(tokens)):
                 one = slice(item, item + 1)
-                tokens[one] = blocks.attention_output(block, tokens[one], attended[one], modulation)
-                blocks.per_token(block, tokens[one], modulation, self.text.of(item), options, chunk)
+                self._update(
+                    block,
+                    tokens[one],
+                    rows[item],
+                    keys[one],
+                    values[one],
+                    freqs,
+                    self.text.of(item),
+                )
+
+    def _fill_keys(
+        self, block: Any, x: Tensor, rows: blocks.Modulation, keys: Tensor, values: Tensor
+    ) -> None:
+        """Fill unrotated keys and values [L_g, C] of one item's tokens x [L_g, C]."""
+
+        def compute(start: int, stop: int) -> None:
+            y = blocks.attention_input(block, x[None, start:stop], rows.part(start, stop))
+            keys[start:stop] = blocks.keys(block.self_attn, y)[0]
+            values[start:stop] = block.self_attn.v(y)[0]
+
+        in_chunks(range(1, len(x) + 1), self.chunk, compute)
+
+    def _update(
+        self,
+        block: Any,
+        x: Tensor,
+        rows: blocks.Modulation,
+        keys: Tensor,
+        values: Tensor,
+        freqs: Tensor,
+        text: blocks.Text,
+    ) -> None:
+        """One block in place on one item's tokens x [1, L_g, C], with rotated keys."""
+        heads = self.model.num_heads
+
+        def attend(start: int, stop: int) -> None:
+            part, own = x[:, start:stop], rows.part(start, stop)
+            q = blocks.queries(block.self_attn, blocks.attention_input(block, part, own))
+            q = blocks.rotate(q, heads, freqs[:, start:stop])
+            attended = host.attention(q, keys, values, heads, self.options)
+            part.copy_(blocks.attention_output(block, part, attended, own))
+
+        in_chunks(range(1, x.shape[1] + 1), self.chunk, attend)
+        blocks.per_token(block, x, rows, text, self.options, self.chunk)
 
     def _timestep(self) -> Tensor:
         """The guide's timestep [B] or [B, F_g]: 0 when clean, the target's when matched."""

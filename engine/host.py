@@ -7,11 +7,11 @@ import inspect
 import logging
 import shutil
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -236,6 +236,23 @@ def host_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     return torch.empty(shape, dtype=dtype)
 
 
+@cache
+def _upload_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def upload(buffer: Tensor, device: torch.device) -> Tensor:
+    """A copy of host memory on a device, made beside the work that the device already has."""
+    if device.type != "cuda":
+        return buffer.to(device, copy=True)
+    stream, main = _upload_stream(device), torch.cuda.current_stream(device)
+    with torch.cuda.stream(stream):
+        uploaded = buffer.to(device, non_blocking=True)
+    main.wait_stream(stream)
+    uploaded.record_stream(main)
+    return uploaded
+
+
 class Mark:
     """A point in a device's work that another thread can wait for."""
 
@@ -294,62 +311,6 @@ def noise_shape_for(model: Any, wanted: int) -> list[int]:
     probe = 2**20
     per_area = model.model.memory_required([2, 1, probe]) / probe
     return [1, 1, max(1, int(wanted / per_area))]
-
-
-class ChunkSize:
-    """How many tokens to evaluate at a time; lowered for good when they do not fit.
-
-    Shared by all blocks and steps of a run, so that a size that failed is not tried again.
-    """
-
-    def __init__(self, tokens: int):
-        self.tokens = tokens
-
-    def items(self, tokens_per_item: int) -> int:
-        """Items (windows, tiles, tokens) to evaluate at a time."""
-        return max(1, self.tokens // tokens_per_item)
-
-
-def in_chunks(
-    total: int, chunk: ChunkSize, compute: Callable[[int, int], None], tokens_per_item: int = 1
-) -> None:
-    """Call compute(start, stop) over [0, total) in chunks; halve a chunk that runs out of memory.
-
-    `compute` must write its result last, so that a chunk that failed can be repeated. Cancelling
-    is checked before every chunk.
-
-    Raises:
-        Exception: whatever `compute` raises; out of memory only when a chunk of 1 fails too.
-    """
-    start = 0
-    while start < total:
-        raise_if_cancelled()
-        stop = min(start + chunk.items(tokens_per_item), total)
-        try:
-            compute(start, stop)
-        except Exception as error:
-            if stop - start == 1 or not is_out_of_memory(error):
-                raise
-            chunk.tokens = (stop - start) // 2 * tokens_per_item
-            stop = start
-        if stop == start:  # outside the handler, whose traceback would keep the tensors alive
-            empty_cache()
-        else:
-            _keep_pace()
-        start = stop
-
-
-_queued: deque[Mark] = deque()
-
-
-def _keep_pace() -> None:
-    """Let at most two chunks wait on the card, so that cancelling and progress are prompt."""
-    device = comfy.model_management.get_torch_device()
-    if device.type != "cuda":
-        return
-    _queued.append(mark(device))
-    if len(_queued) > 2:
-        _queued.popleft().wait()
 
 
 def build_wan(**config: Any) -> torch.nn.Module:

@@ -81,9 +81,12 @@ class Workload:
 
     @property
     def least_chunk_bytes(self) -> int:
-        """Activations of the smallest chunk: one window with its keys, or the guide's own."""
-        tokens = max(MIN_CHUNK, self.window_keys, self.guide_tokens)
-        return tokens * 14 * self.dim * self.itemsize + MIN_CHUNK * self.bytes_per_chunk_token
+        """Activations of the smallest chunk: one window with its keys, beside the guide's own.
+
+        While the guide is evaluated there are its tokens, keys, values and rotated keys.
+        """
+        tokens = 14 * max(MIN_CHUNK, self.window_keys) + 4 * self.guide_tokens
+        return tokens * self.dim * self.itemsize + MIN_CHUNK * self.bytes_per_chunk_token
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,17 @@ A block reads and writes only its own box, so nothing of the grid's length exist
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, repeat
 
 import torch
 from torch import Tensor
 
-from . import blocks, host
+from . import blocks
 from .block_task import BlockTask
+from .chunks import in_chunks
 from .grid import Grid
 from .rope import RopeAxes, join_axes
 from .windows import Box, GuideAlignment, ShiftedWindows, flat_index, starts_of
@@ -20,20 +23,44 @@ from .windows import Box, GuideAlignment, ShiftedWindows, flat_index, starts_of
 
 @dataclass(frozen=True)
 class WindowGroup:
-    """Windows of one size: which tokens they hold, which of the guide they read, and rotations.
+    """Windows of one size: which of the guide they read, and rotations.
 
     Positions count from each window's first token, so windows of one size share them.
     """
 
     size: Grid
-    tokens: Tensor
-    """Index [windows, tokens] into the target's raster order, where the tokens live."""
+    count: int
+    """Windows."""
     freqs: Tensor
     """Rotations [1, tokens, 1, d/2, 2, 2] of the window's own tokens."""
     guide: Tensor | None
     """Index [windows, guide tokens] into the guide's raster order."""
     guide_axes: tuple[Tensor, ...]
     """Per axis, rotations [windows, n, d_axis/2, 2, 2] of the guide tokens at positions P."""
+
+
+@dataclass(frozen=True)
+class WindowOrder:
+    """All windows of even or of odd blocks, those of one size side by side."""
+
+    groups: list[WindowGroup]
+    tokens: Tensor
+    """Raster index [F * h * w] of every token, window by window, where the tokens live."""
+    ends: list[int]
+    """Tokens up to the end of every window."""
+
+    def span(self, start: int, stop: int) -> slice:
+        """The tokens of windows start to stop."""
+        return slice(self.ends[start - 1] if start else 0, self.ends[stop - 1])
+
+    def parts(self, start: int, stop: int) -> Iterator[tuple[WindowGroup, slice]]:
+        """Windows start to stop as windows of each group."""
+        first = 0
+        for group in self.groups:
+            a, b = max(start - first, 0), min(stop - first, group.count)
+            if a < b:
+                yield group, slice(a, b)
+            first += group.count
 
 
 class ShiftedAttention:
@@ -48,28 +75,27 @@ class ShiftedAttention:
         self.windows = windows
         self.alignment = alignment
         self.rope = rope
-        self._groups: dict[tuple[int, torch.device, torch.device], list[WindowGroup]] = {}
+        self._orders: dict[tuple[int, torch.device, torch.device], WindowOrder] = {}
 
     def evaluate(self, task: BlockTask, index: int) -> None:
-        for group in self.groups(index % 2, task.device, task.tokens.index_device):
-            evaluate = partial(self.evaluate_windows, task, group)
-            host.in_chunks(len(group.tokens), task.chunk, evaluate, group.size.count)
+        order = self.order(index, task.device, task.tokens.index_device)
+        in_chunks(order.ends, task.chunk, partial(self.evaluate_windows, task, order))
 
-    def groups(
-        self, parity: int, device: torch.device, index_device: torch.device
-    ) -> list[WindowGroup]:
-        """The windows of even or odd blocks with everything that depends on geometry alone."""
-        key = parity, device, index_device
-        if key not in self._groups:
-            self._groups[key] = [
-                self._group(boxes, device, index_device)
-                for boxes in self.windows.by_size(parity).values()
-            ]
-        return self._groups[key]
+    def order(self, index: int, device: torch.device, index_device: torch.device) -> WindowOrder:
+        """The windows of block number `index` with everything that depends on geometry alone."""
+        key = index % 2, device, index_device
+        if key not in self._orders:
+            by_size = self.windows.by_size(index)
+            tokens, counts = [], []
+            for size, boxes in by_size.items():
+                starts = starts_of(boxes, index_device)
+                tokens.append(flat_index(self.windows.grid, starts, size).flatten())
+                counts.extend(repeat(size.count, len(boxes)))
+            groups = [self._group(boxes, device) for boxes in by_size.values()]
+            self._orders[key] = WindowOrder(groups, torch.cat(tokens), list(accumulate(counts)))
+        return self._orders[key]
 
-    def _group(
-        self, boxes: list[Box], device: torch.device, index_device: torch.device
-    ) -> WindowGroup:
+    def _group(self, boxes: list[Box], device: torch.device) -> WindowGroup:
         size, guide, tables = boxes[0].size, None, ()
         if self.alignment is not None:
             alignment = self.alignment
@@ -80,23 +106,29 @@ class ShiftedAttention:
                 self.rope.tables(axis, torch.tensor(rows, device=device))
                 for axis, rows in enumerate(offsets)
             )
-        tokens = flat_index(self.windows.grid, starts_of(boxes, index_device), size)
-        return WindowGroup(size, tokens, self.rope.box(size, device), guide, tables)
+        return WindowGroup(size, len(boxes), self.rope.box(size, device), guide, tables)
 
-    def evaluate_windows(self, task: BlockTask, group: WindowGroup, start: int, stop: int) -> None:
-        """Windows start to stop of a group."""
-        index = group.tokens[start:stop].flatten()
+    def evaluate_windows(self, task: BlockTask, order: WindowOrder, start: int, stop: int) -> None:
+        """Windows start to stop. Linear layers see windows of all sizes together."""
+        index = order.tokens[order.span(start, stop)]
         x, modulation = task.read(index)
         attention = task.block.self_attn
         y = blocks.attention_input(task.block, x, modulation)
-        y = y.view(stop - start, group.size.count, -1)
-        q = blocks.rotate(blocks.queries(attention, y), task.heads, group.freqs)
-        k = blocks.rotate(blocks.keys(attention, y), task.heads, group.freqs)
-        v = attention.v(y)
-        guide = _aligned_guide(task, group, slice(start, stop)) if task.guide else None
-        attended = task.attend(q, k, v, group.size, guide)
-        del y, q, k, v
-        task.finish(x, attended, modulation, index)
+        q, k, v = blocks.queries(attention, y), blocks.keys(attention, y), attention.v(y)
+        del y
+        attended, first = [], 0
+        for group, windows in order.parts(start, stop):
+            shape = (windows.stop - windows.start, group.size.count)
+            last = first + shape[0] * shape[1]
+            part_q, part_k, part_v = (each[0, first:last].unflatten(0, shape) for each in (q, k, v))
+            part_q = blocks.rotate(part_q, task.heads, group.freqs)
+            part_k = blocks.rotate(part_k, task.heads, group.freqs)
+            guide = _aligned_guide(task, group, windows) if task.guide else None
+            attended.append(task.attend(part_q, part_k, part_v, group.size, guide))
+            first = last
+        del q, k, v
+        together = attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)
+        task.finish(x, together, modulation, index)
 
 
 def _aligned_guide(task: BlockTask, group: WindowGroup, windows: slice) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import blocks, host
+from . import blocks
 from .block_task import BlockTask
+from .chunks import in_chunks
 from .grid import Grid
 from .rope import RopeAxes, join_axes
 from .windows import Box, GuideAlignment, SlidingWindows, flat_index, starts_of
@@ -84,11 +85,11 @@ class SlidingAttention:
             keys_per_tile = self.windows.window.count
             if guide is not None and self.alignment is not None:
                 keys_per_tile += self.alignment.count.count
-            host.in_chunks(
-                len(group.tiles),
+            size = (group.size.count + keys_per_tile) // 2
+            in_chunks(
+                range(size, len(group.tiles) * size + 1, size),
                 task.chunk,
                 partial(self._evaluate, task, ring, guide, group, tables),
-                (group.size.count + keys_per_tile) // 2,
             )
 
     def _prepare(
@@ -154,7 +155,7 @@ class SlidingAttention:
             ring.keys[slot[begin:end]] = keys[0]
             ring.values[slot[begin:end]] = values[0]
 
-        host.in_chunks(len(index), task.chunk, compute)
+        in_chunks(range(1, len(index) + 1), task.chunk, compute)
         ring.filled = last
 
     def _rotations_of(self, index: Tensor, tables: list[Tensor]) -> Tensor:

@@ -27,11 +27,9 @@ def block_order(size: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
     """
     boxes = ShiftedWindows(size, BLOCK.clipped(size)).by_size(0)
     whole = boxes.pop(BLOCK.clipped(size))
-    starts = torch.tensor([box.start for box in whole], device=device)
-    order = flat_index(size, starts, BLOCK.clipped(size))
-    rest = torch.ones(size.count, dtype=torch.bool, device=device)
-    rest[order.flatten()] = False
-    return order, rest.nonzero().flatten()
+    order = flat_index(size, torch.tensor([box.start for box in whole]), BLOCK.clipped(size))
+    rest = sorted(set(range(size.count)) - set(order.flatten().tolist()))
+    return order.to(device), torch.tensor(rest, dtype=torch.long).to(device)
 
 
 def keep_blocks(

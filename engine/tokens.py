@@ -55,8 +55,8 @@ class DeviceTokens:
 class HostTokens:
     """Tokens in (pinned) host memory that stream through the device.
 
-    A worker thread copies results back while the next chunk is gathered and computed. At most two
-    results wait, so memory stays bounded.
+    A worker thread copies results back, and uploads have a stream of their own, while the device
+    computes the chunk in between. At most two results wait, so memory stays bounded.
     """
 
     WAITING = 2
@@ -75,7 +75,7 @@ class HostTokens:
         shape = (len(index), self.values.shape[1])
         gathered = host.host_buffer(shape, self.values.dtype, self.device)
         torch.index_select(self.values, 0, index, out=gathered)
-        return gathered.to(self.device, non_blocking=True, copy=True)
+        return host.upload(gathered, self.device)
 
     def write(self, index: Tensor, values: Tensor) -> None:
         while len(self._pending) >= self.WAITING:

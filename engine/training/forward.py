@@ -18,13 +18,14 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import blocks, host
 from ..block_task import BlockTask
+from ..chunks import ChunkSize
 from ..forward import DetailForward
 from ..guide import GuideStream
 from ..lora import with_layers
 from ..plan import Plan
 from ..run import SamplingRun
 from ..settings import DetailSettings
-from ..shifted import ShiftedAttention, WindowGroup
+from ..shifted import ShiftedAttention
 from ..tokens import DeviceTokens
 
 recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
@@ -99,7 +100,7 @@ class TrainedDetail(DetailForward):
             self.run,
             self.options,
             memory,
-            host.ChunkSize(memory.chunk),
+            ChunkSize(memory.chunk),
             x,
             timestep,
             text,
@@ -129,46 +130,37 @@ class TrainedDetail(DetailForward):
         host.raise_if_cancelled()
         attention = self.attention
         assert isinstance(attention, ShiftedAttention), "only disjoint windows are trained"
-        groups = attention.groups(index % 2, tokens.device, tokens.device)
-        order = torch.cat([group.tokens.flatten() for group in groups])
-        in_order = tokens[order]
+        order = attention.order(index, tokens.device, tokens.device)
+        in_order = tokens[order.tokens]
         modulation = blocks.Modulation.of(block, e0)
-        most = CHUNK_TOKENS.get(tokens.device.type, CHUNK_TOKENS["cuda"])
-        results, first = [], 0
-        for group in groups:
-            step = max(1, most // group.size.count)
-            for start in range(0, len(group.tokens), step):
-                stop = min(start + step, len(group.tokens))
-                count = (stop - start) * group.size.count
+        chunk = ChunkSize(CHUNK_TOKENS.get(tokens.device.type, CHUNK_TOKENS["cuda"]))
+        results, start = [], 0
+        while start < len(order.ends):
+            stop = chunk.stop(start, order.ends)
 
-                def compute(
-                    x: Tensor,
-                    keys: Tensor,
-                    values: Tensor,
-                    group: WindowGroup = group,
-                    start: int = start,
-                    stop: int = stop,
-                ) -> Tensor:
-                    task = WindowTask(
-                        block,
-                        DeviceTokens(x),
-                        self.plan.tokens,
-                        modulation,
-                        text,
-                        (keys, values),
-                        self.model.num_heads,
-                        self.options,
-                        host.ChunkSize(most),
-                        x.device,
-                    )
-                    attention.evaluate_windows(task, group, start, stop)
-                    return task.results[0]
+            def compute(
+                x: Tensor, keys: Tensor, values: Tensor, start: int = start, stop: int = stop
+            ) -> Tensor:
+                task = WindowTask(
+                    block,
+                    DeviceTokens(x),
+                    self.plan.tokens,
+                    modulation,
+                    text,
+                    (keys, values),
+                    self.model.num_heads,
+                    self.options,
+                    chunk,
+                    x.device,
+                )
+                attention.evaluate_windows(task, order, start, stop)
+                return task.results[0]
 
-                x = in_order[first : first + count]
-                results.append(recompute(compute, x, guide_keys, guide_values))
-                first += count
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(len(order), device=order.device)
+            x = in_order[order.span(start, stop)]
+            results.append(recompute(compute, x, guide_keys, guide_values))
+            start = stop
+        inverse = torch.empty_like(order.tokens)
+        inverse[order.tokens] = torch.arange(len(inverse), device=inverse.device)
         return torch.cat(results)[inverse]
 
 

@@ -232,11 +232,10 @@ def test_chunk_size_does_not_change_the_result(wan, monkeypatch, overlap):
     patched = apply_detail_branch(wan, plan, proxy, Grid(2, 4, 4), "clean", overlap=overlap)
     x, t, context = inputs((5, 14, 18))
     results = []
-    for chunk in (7, 64, 100_000):
+    for chunk in (7, 64, 100, 100_000):  # 100: windows of several sizes in one chunk
         monkeypatch.setattr(engine_forward, "CPU_CHUNK", chunk)
         results.append(forward(patched, x, t, context))
-    assert relative_error(results[0], results[2]) < 1e-6
-    assert relative_error(results[1], results[2]) < 1e-6
+    assert all(relative_error(result, results[-1]) < 1e-6 for result in results)
 
 
 @pytest.mark.parametrize("overlap", OVERLAPS)
@@ -257,6 +256,25 @@ def test_out_of_memory_halves_the_chunk_and_goes_on(wan, monkeypatch, overlap):
     monkeypatch.setattr(host, "attention", scarce)
     assert relative_error(forward(patched, x, t, context), expected) < 1e-6
     assert max(sizes) > 2
+
+
+def test_out_of_memory_in_the_guide_halves_its_queries(wan, monkeypatch):
+    plan = plan_of((5, 14, 18), (2, 12, 16))
+    patched = apply_detail_branch(wan, plan, rand(1, 16, 2, 12, 16), Grid(2, 4, 4), "clean")
+    x, t, context = inputs((5, 14, 18))
+    expected = forward(patched, x, t, context)
+    stock, sizes = host.attention, []
+
+    def scarce(q, k, v, heads, options):
+        if k.shape[1] == plan.proxy_tokens.count:
+            sizes.append(q.shape[1])
+            if q.shape[1] > 30:
+                raise torch.cuda.OutOfMemoryError("out of memory")
+        return stock(q, k, v, heads, options)
+
+    monkeypatch.setattr(host, "attention", scarce)
+    assert relative_error(forward(patched, x, t, context), expected) < 1e-6
+    assert sizes[:3] == [96, 48, 24]
 
 
 def test_other_nodes_patches_still_work(wan):

@@ -1,0 +1,141 @@
+"""On which device every tensor lives: whole forwards on simulated CUDA tensors.
+
+Simulated tensors have shapes, dtypes and devices but no numbers, and refuse to mix devices as real
+ones do. So what only a card would notice is noticed without one.
+"""
+
+from concurrent.futures import Future
+from contextlib import nullcontext
+from functools import partial
+
+import comfy.ldm.flux.math
+import comfy.ldm.modules.attention
+import pytest
+import torch
+from atlasvid.engine import forward as engine_forward
+from atlasvid.engine import host, sparsity, tokens
+from atlasvid.engine.detail import apply_detail_branch
+from atlasvid.engine.grid import Grid
+from atlasvid.engine.memory import MemoryPlan
+from atlasvid.engine.run import SamplingRun
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from wan import plan_of, rand, small_wan
+
+LATENT, PROXY = (5, 36, 36), (2, 12, 12)
+CARD = torch.device("cuda", 0)
+
+
+class AtOnce:
+    """Runs a worker's job in this thread: the simulation knows one thread only."""
+
+    def __init__(self, *_):
+        pass
+
+    def submit(self, job, *args):
+        done = Future()
+        done.set_result(job(*args))
+        return done
+
+    def shutdown(self, **_):
+        pass
+
+
+class NoMark:
+    """Nothing to wait for: simulated work takes no time."""
+
+    def __init__(self, device):
+        assert device.type in ("cuda", "cpu")
+
+    def wait(self):
+        pass
+
+    def after(self):
+        return nullcontext()
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Replaces what asks the driver, and kernels that have no simulation."""
+    monkeypatch.setattr(sparsity, "block_order", partial(order_on, sparsity.block_order))
+    monkeypatch.setattr(host, "apply_rope", comfy.ldm.flux.math._apply_rope1)
+    monkeypatch.setattr(host, "free_memory", lambda device: 2**34)
+    monkeypatch.setattr(host, "Mark", NoMark)
+    monkeypatch.setattr(tokens, "ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr(
+        host, "host_buffer", lambda shape, dtype, _: torch.empty(shape, dtype=dtype)
+    )
+    monkeypatch.setattr(host, "upload", lambda buffer, device: buffer.to(device))
+    monkeypatch.setattr(host, "raise_if_cancelled", lambda: None)
+    monkeypatch.setattr(SamplingRun, "noise_like", lambda self, latent: torch.zeros_like(latent))
+    stock = comfy.ldm.modules.attention.attention_pytorch
+    monkeypatch.setattr(
+        engine_forward, "override_for", lambda *_: lambda _, *args, **kw: stock(*args, **kw)
+    )
+
+
+def order_on(block_order, size, device):
+    """The order of blocks depends on numbers: made of real ones, then moved."""
+    with unset_fake_temporarily():
+        order = block_order(size, torch.device("cpu"))
+    return tuple(indices.to(device) for indices in order)
+
+
+def on_card(model):
+    """The model's layers on the simulated card: bf16, but for the patch embedding."""
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                dtype = torch.float32 if module is model.patch_embedding else torch.bfloat16
+                fake = torch.empty(weight.shape, dtype=dtype, device=CARD)
+                module._parameters[name] = torch.nn.Parameter(fake, requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    ("overlap", "guide_noise", "kind", "on_device", "guide", "kept"),
+    [
+        ("shifted", "clean", "text", True, "device", 0),
+        ("shifted", "clean", "image", False, "host", 3),
+        ("shifted", "matched", "frames", False, "device", 0),
+        ("sliding", "clean", "frames", False, "host", 0),
+        ("sliding", "matched", "image", True, "device", 3),
+        ("sliding", "clean", "text", False, "recompute", 0),
+    ],
+)
+def test_a_forward_stays_on_its_devices(
+    card, overlap, guide_noise, kind, on_device, guide, kept, monkeypatch
+):
+    config = {"model_type": "i2v", "in_dim": 36} if kind == "image" else {}
+    wan = small_wan(num_layers=2, **config)
+    plan = plan_of(LATENT, PROXY)
+    patched = apply_detail_branch(
+        wan, plan, rand(1, 16, *PROXY), Grid(4, 16, 16), guide_noise, overlap=overlap,
+        keep_blocks=kept,
+    )  # fmt: skip
+    memory = MemoryPlan(700, on_device, guide)
+    monkeypatch.setattr(engine_forward, "plan_memory", lambda *_: memory)
+    run = SamplingRun(seed=0)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        model = wan.model.diffusion_model
+        on_card(model)
+        channels = 36 if kind == "image" else 16
+        x = torch.empty(2, channels, *LATENT, dtype=torch.bfloat16, device=CARD)
+        timestep = torch.empty((2, 5) if kind == "frames" else (2,), device=CARD)
+        text = torch.empty(2, 16, 4096, dtype=torch.bfloat16, device=CARD)
+        extra = {}
+        if kind == "image":
+            extra["clip_fea"] = torch.empty(2, 257, 1280, dtype=torch.bfloat16, device=CARD)
+        for _ in range(2):  # the second finds what the first kept
+            options = {
+                **patched.model_options["transformer_options"],
+                "wrappers": patched.wrappers,
+                "atlasvid": run,
+                "uuids": [1, 2],
+            }
+            out = model(x, timestep, text, transformer_options=options, **extra)
+            assert out.device == CARD
+            assert out.dtype == torch.bfloat16
+            assert out.shape == (2, 16, *LATENT)
+    assert len(run.guide_keys) == int(guide_noise == "clean" and guide != "recompute")
+    for pairs in run.guide_keys.values():
+        places = {tensor.device.type for pair in pairs for tensor in pair}
+        assert places == {"cuda" if guide == "device" else "cpu"}
