@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -37,6 +37,7 @@ class BlockTask:
     chunk: ChunkSize
     device: torch.device
     keep_blocks: int = 0
+    parts: blocks.Parts = field(default_factory=blocks.Parts)
 
     def read(self, index: Tensor) -> tuple[Tensor, blocks.Modulation]:
         """Tokens [1, n, C] at raster indices [n], and their modulation."""
@@ -77,7 +78,7 @@ class BlockTask:
         """The rest of the block for tokens x [1, n, C] at `index`, written back at the end."""
         x = blocks.attention_output(self.block, x, attended, modulation)
         del attended
-        blocks.per_token(self.block, x, modulation, self.text, self.options, self.chunk)
+        blocks.per_token(self.block, x, modulation, self.text, self.options, self.chunk, self.parts)
         self.tokens.write(index, x[0])
 
 

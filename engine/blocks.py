@@ -6,6 +6,7 @@ layers work as in the stock forward.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,8 +107,23 @@ def feed_forward(block: Any, x: Tensor, modulation: Modulation) -> Tensor:
     return block.ffn(modulated_norm(block.norm2, x, *modulation.rows[3:5]))
 
 
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a block that can be exchanged for compiled ones."""
+
+    queries: Callable[..., Tensor] = queries
+    keys: Callable[..., Tensor] = keys
+    feed_forward: Callable[..., Tensor] = feed_forward
+
+
 def per_token(
-    block: Any, x: Tensor, modulation: Modulation, text: Text, options: dict, chunk: ChunkSize
+    block: Any,
+    x: Tensor,
+    modulation: Modulation,
+    text: Text,
+    options: dict,
+    chunk: ChunkSize,
+    parts: Parts,
 ) -> None:
     """Cross-attention and feed-forward in place on x [1, n, C], `chunk` tokens at a time.
 
@@ -131,7 +147,7 @@ def per_token(
     def forward(start: int, stop: int) -> None:
         part, rows = x[:, start:stop], modulation.part(start, stop)
         part_gate = gate if len(gate) == 1 else gate[start:stop]
-        part.addcmul_(feed_forward(block, part, rows), part_gate)
+        part.addcmul_(parts.feed_forward(block, part, rows), part_gate)
 
     tokens = range(1, x.shape[1] + 1)
     in_chunks(tokens, chunk, cross)

@@ -88,7 +88,7 @@ def apply_detail_branch(
         guide_lora=guide_lora,
     )
 
-    @torch.compiler.disable  # the stock compile node would trace our loops, window by window
+    @torch.compiler.disable  # see engine.compiled
     def forward(executor: Any, x: Tensor, timestep: Tensor, context: Tensor, *args: Any, **kw: Any):
         clip_fea, time_dim_concat, options, extra = _split(args, kw)
         if not _is_active(settings, options):

@@ -272,6 +272,7 @@ class DetailForward:
                 chunk,
                 e0.device,
                 self.settings.keep_blocks,
+                self.run.parts,
             )
             self.attention.evaluate(task, index)
             store.settle()

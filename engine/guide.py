@@ -133,7 +133,7 @@ class GuideStream:
 
         def compute(start: int, stop: int) -> None:
             y = blocks.attention_input(block, x[None, start:stop], rows.part(start, stop))
-            keys[start:stop] = blocks.keys(block.self_attn, y)[0]
+            keys[start:stop] = self.run.parts.keys(block.self_attn, y)[0]
             values[start:stop] = block.self_attn.v(y)[0]
 
         in_chunks(range(1, len(x) + 1), self.chunk, compute)
@@ -153,13 +153,14 @@ class GuideStream:
 
         def attend(start: int, stop: int) -> None:
             part, own = x[:, start:stop], rows.part(start, stop)
-            q = blocks.queries(block.self_attn, blocks.attention_input(block, part, own))
+            y = blocks.attention_input(block, part, own)
+            q = self.run.parts.queries(block.self_attn, y)
             q = blocks.rotate(q, heads, freqs[:, start:stop])
             attended = host.attention(q, keys, values, heads, self.options)
             part.copy_(blocks.attention_output(block, part, attended, own))
 
         in_chunks(range(1, x.shape[1] + 1), self.chunk, attend)
-        blocks.per_token(block, x, rows, text, self.options, self.chunk)
+        blocks.per_token(block, x, rows, text, self.options, self.chunk, self.run.parts)
 
     def _timestep(self) -> Tensor:
         """The guide's timestep [B] or [B, F_g]: 0 when clean, the target's when matched."""

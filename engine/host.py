@@ -36,6 +36,7 @@ import folder_paths
 import node_helpers
 import torch
 from comfy_api.latest import Input, InputImpl, Types
+from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
 from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
@@ -193,6 +194,16 @@ def time_embedding(model: Any, timestep: Tensor, dtype: torch.dtype) -> tuple[Te
 def raise_if_cancelled() -> None:
     """Leave the job when the artist pressed cancel."""
     comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def is_cancelled(error: BaseException) -> bool:
+    """Whether an exception means that the artist pressed cancel."""
+    return isinstance(error, comfy.model_management.InterruptProcessingException)
+
+
+def compile_choices(model_options: dict) -> dict[str, Any] | None:
+    """The arguments of torch.compile that the stock compile node left, or None without it."""
+    return model_options.get(TORCH_COMPILE_KWARGS)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from . import host
+from .compiled import parts_of
 from .progress import RunProgress
 
 KEY = "atlasvid"
@@ -23,11 +24,15 @@ class SamplingRun:
     Args:
         seed: the sampler's.
         keep_guide: whether one conditioning has the same weights in every step.
+        compile_choices: arguments of torch.compile, or None to compile nothing.
     """
 
-    def __init__(self, seed: int, keep_guide: bool = True):
+    def __init__(
+        self, seed: int, keep_guide: bool = True, compile_choices: dict[str, Any] | None = None
+    ):
         self.seed = seed
         self.keep_guide = keep_guide
+        self.parts = parts_of(compile_choices)
         self.guide_keys: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
         self._progress: RunProgress | None = None
         self._noise: Tensor | None = None
@@ -82,7 +87,11 @@ def open_run(executor: Any, noise: Tensor, latent_image: Tensor, *args: Any, **k
         )
     guider = executor.class_obj
     seed = kwargs.get("seed", args[5] if len(args) > 5 else None)
-    run = SamplingRun(seed or 0, keep_guide=not host.has_scheduled_weights(guider.model_patcher))
+    run = SamplingRun(
+        seed or 0,
+        keep_guide=not host.has_scheduled_weights(guider.model_patcher),
+        compile_choices=host.compile_choices(guider.model_options),
+    )
     options = guider.model_options.setdefault("transformer_options", {})
     options[KEY] = run
     host.make_innermost(options, KEY)

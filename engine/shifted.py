@@ -114,7 +114,7 @@ class ShiftedAttention:
         x, modulation = task.read(index)
         attention = task.block.self_attn
         y = blocks.attention_input(task.block, x, modulation)
-        q, k, v = blocks.queries(attention, y), blocks.keys(attention, y), attention.v(y)
+        q, k, v = task.parts.queries(attention, y), task.parts.keys(attention, y), attention.v(y)
         del y
         attended, first = [], 0
         for group, windows in order.parts(start, stop):

@@ -150,7 +150,7 @@ class SlidingAttention:
             x, modulation = task.read(stored[begin:end])
             y = blocks.attention_input(task.block, x, modulation)
             freqs = self._rotations_of(index[begin:end], tables)
-            keys = blocks.rotate(blocks.keys(task.block.self_attn, y), task.heads, freqs)
+            keys = blocks.rotate(task.parts.keys(task.block.self_attn, y), task.heads, freqs)
             values = task.block.self_attn.v(y)
             ring.keys[slot[begin:end]] = keys[0]
             ring.values[slot[begin:end]] = values[0]
@@ -181,7 +181,7 @@ class SlidingAttention:
         stored = flat_index(windows.grid, group.stored[start:stop], group.size).flatten()
         x, modulation = task.read(stored)
         y = blocks.attention_input(task.block, x, modulation)
-        q = blocks.queries(task.block.self_attn, y)
+        q = task.parts.queries(task.block.self_attn, y)
         q = blocks.rotate(q, task.heads, self._rotations_of(index, tables))
         q = q.view(stop - start, group.size.count, -1)
         read = flat_index(ring.grid, group.keys[start:stop], windows.window, wrap=ring.grid)

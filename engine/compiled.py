@@ -1,0 +1,49 @@
+"""The parts of a block between its attentions, compiled where the artist asks for it.
+
+The stock TorchCompileModel node is the switch. It would trace our loops over windows; instead its
+choices are used for what is worth compiling, and the loops run as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import blocks, host
+
+
+class Compiled:
+    """A function through torch.compile; as it is once that failed."""
+
+    def __init__(self, function: Callable, choices: dict[str, Any]):
+        self.function = function
+        self.compiled: Callable | None = torch.compile(function, **choices)
+
+    def __call__(self, *args: Any) -> Any:
+        if self.compiled is not None:
+            try:
+                return self.compiled(*args)
+            except Exception as error:
+                if host.is_out_of_memory(error) or host.is_cancelled(error):
+                    raise
+                logging.warning(
+                    "AtlasVid: torch.compile failed for %s, which now runs without: %s",
+                    self.function.__name__,
+                    str(error).strip().splitlines()[0],
+                )
+                self.compiled = None
+        return self.function(*args)
+
+
+def parts_of(choices: dict[str, Any] | None) -> blocks.Parts:
+    """The parts of a block, compiled with torch.compile's `choices` unless they are None."""
+    if choices is None:
+        return blocks.Parts()
+    if choices.get("dynamic") is None:  # chunks differ in length
+        choices = {**choices, "dynamic": True}
+    return blocks.Parts(
+        *(Compiled(part, choices) for part in (blocks.queries, blocks.keys, blocks.feed_forward))
+    )

@@ -1,0 +1,60 @@
+"""The stock compile node beside the detail branch."""
+
+import pytest
+import torch
+from atlasvid.engine.detail import apply_detail_branch
+from atlasvid.engine.grid import Grid
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from test_run import PLAN, branch, sample
+from wan import rand, relative_error, small_wan
+
+
+@pytest.fixture(scope="module")
+def wan():
+    return small_wan(num_layers=2)
+
+
+@pytest.fixture
+def graphs():
+    """A compiler that runs what it is given, and a list of the graphs that it was given."""
+    torch._dynamo.reset()
+    seen = []
+
+    def backend(graph, inputs, **_):
+        seen.append([str(node.target) for node in graph.graph.nodes])
+        return graph.forward
+
+    yield seen, backend
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("first", ["compile", "branch"])
+@pytest.mark.parametrize("overlap", ["shifted", "sliding"])
+def test_the_parts_of_a_block_are_compiled(wan, graphs, first, overlap):
+    seen, backend = graphs
+    model = wan.clone()
+    if first == "compile":
+        set_torch_compile_wrapper(model, backend)
+    model = branch(model, overlap=overlap)
+    if first == "branch":
+        set_torch_compile_wrapper(model, backend)
+    out = sample(model)
+    linears = [sum("linear" in name for name in graph) for graph in seen]
+    assert 1 in linears, "queries or keys"
+    assert 2 in linears, "feed-forward"
+    assert max(linears) == 2, "no loop over windows or blocks is traced"
+    assert len(seen) < 20, "blocks and chunks share what was compiled"
+    assert relative_error(out, sample(branch(wan, overlap=overlap))) < 1e-5
+
+
+def test_a_compiler_that_fails_is_left_out(wan, graphs, caplog):
+    def backend(*_, **__):
+        raise RuntimeError("no compiler is installed")
+
+    model = branch(wan)
+    set_torch_compile_wrapper(model, backend)
+    assert torch.equal(sample(model), sample(branch(wan)))
+    said = [r.message for r in caplog.records if "torch.compile failed" in r.message]
+    assert len(said) == 3
+    assert "feed_forward, which now runs without" in said[-1]
+    assert apply_detail_branch(wan, PLAN, rand(1, 16, 2, 8, 8), Grid(2, 4, 4), "clean")
