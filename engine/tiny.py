@@ -17,8 +17,15 @@ TEXT_WIDTH = 4096
 TEXT_TOKENS = 16
 
 
-def random_weights(module: nn.Module, seed: int) -> dict[str, Tensor]:
-    """Seeded weights for every parameter: matrices keep their input's scale, norms stay near 1."""
+def random_weights(
+    module: nn.Module, seed: int, matrices: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Seeded weights for every parameter: matrices keep their input's scale, norms stay near 1.
+
+    Args:
+        matrices: dtype of the blocks' matrices, one after the other, so that a large model never
+            exists in full precision.
+    """
     generator = torch.Generator().manual_seed(seed)
     norms = {
         name
@@ -32,21 +39,26 @@ def random_weights(module: nn.Module, seed: int) -> dict[str, Tensor]:
         if leaf == "gamma" or (leaf == "weight" and parent in norms):
             state[name] = 1 + 0.1 * noise
         elif leaf == "weight":
-            state[name] = noise / value[0].numel() ** 0.5
+            weight = noise / value[0].numel() ** 0.5
+            in_block = name.startswith("blocks.") and weight.ndim == 2
+            state[name] = weight.to(matrices) if in_block else weight
         else:
             state[name] = 0.1 * noise
     return state
 
 
-def wan_state(seed: int = 0, **config: Any) -> dict[str, Tensor]:
+def wan_state(
+    seed: int = 0, matrices: torch.dtype = torch.float32, **config: Any
+) -> dict[str, Tensor]:
     """Weights of a small Wan (dim 256, 4 blocks, 2 heads, 6 M parameters unless overridden).
 
     Args:
         seed: of the weights.
+        matrices: dtype of the blocks' matrices.
         config: arguments of WanModel, such as `in_dim`, `out_dim` or `model_type`.
     """
     small = {"dim": 256, "ffn_dim": 1024, "num_heads": 2, "num_layers": 4, "text_dim": TEXT_WIDTH}
-    return random_weights(host.build_wan(**(small | config)), seed)
+    return random_weights(host.build_wan(**(small | config)), seed, matrices)
 
 
 def vae_state(seed: int = 0, dim: int = 8) -> dict[str, Tensor]:

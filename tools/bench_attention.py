@@ -35,6 +35,16 @@ AGAINST_STOCK = ((9, 48, 64), (33, 32, 64))
 GROWTH = ((9, 24, 40), (9, 48, 64), (33, 32, 64), (33, 64, 64), (33, 64, 128))
 SPARSE_WINDOW = (8, 32, 32)
 """64 blocks of 128 keys."""
+KINDS = {
+    "attention": ("attention", "flash", "fmha", "sage"),
+    "linear layers": ("addmm", "aten::mm", "gemm", "nvjet", "cutlass", "linear"),
+    "GELU": ("gelu", "GeLU"),
+    "norms": ("norm", "pow", "rsqrt", "aten::mean", "aten::sum", "reduce"),
+    "RoPE": ("rope",),
+    "modulation and residuals": ("addcmul", "aten::add", "aten::mul"),
+    "gather and scatter": ("index", "aten::cat", "aten::copy_", "gather", "scatter", "Cat"),
+}
+"""Kinds of work by words in the names of operators (CPU) or kernels (CUDA); the first that fits."""
 UHD_81 = (21, 135, 240)
 UHD_161 = (41, 135, 240)
 
@@ -63,10 +73,12 @@ def run_one(
     window: list[int] | None = None,
     keep_blocks: int = 0,
     cap_gib: float | None = None,
+    profile: bool = False,
 ) -> dict[str, Any]:
     """Measures `what`: the `stock` forward, `ours`, or `products`, the matrix products of ours.
 
-    `cap_gib` limits the card's memory for this process, weights included.
+    `cap_gib` limits the card's memory for this process, weights included. With `profile` the
+    result says where the time of ours goes.
     """
     import torch
 
@@ -78,7 +90,9 @@ def run_one(
         call = {"stock": bench.stock, "ours": bench.ours, "products": bench.products}[what]
         if repeat > 1:
             call()
-        result = measure(call, repeat)
+        result: dict[str, Any] = measure(call, repeat)
+        if profile:
+            result["profile"] = bench.profile()
     return {**result, "tokens": math.prod(grid), "floor_flops": bench.flops()}
 
 
@@ -100,14 +114,14 @@ class Forward:
         from atlasvid.engine.plan import Plan
         from atlasvid.engine.windows import COMPACT
 
-        dtype = getattr(torch, shape.dtype)
         state = tiny.wan_state(
+            matrices=getattr(torch, shape.dtype),
             dim=shape.dim,
             ffn_dim=shape.ffn_dim,
             num_heads=shape.dim // 128,
             num_layers=shape.layers,
         )
-        self.patcher = host.load_diffusion_model({k: v.to(dtype) for k, v in state.items()})
+        self.patcher = host.load_diffusion_model(state)
         device = host.use_on_device(self.patcher)
         f, h, w = grid
         guide = ((f - 1) // STRIDE + 1, h // 4, w // 4)
@@ -175,22 +189,40 @@ class Forward:
         model = self.patcher.model.diffusion_model
         window = COMPACT.clipped(self.plan.tokens).count
         tokens, keys = self.plan.tokens.count, self.keys()
-        chunk = (CUDA_CHUNK if self.x.is_cuda else CPU_CHUNK) // window * window
+        most = (CUDA_CHUNK if self.x.is_cuda else CPU_CHUNK) // window * window
         block, heads = model.blocks[0], model.num_heads
         linear = [block.self_attn.q, block.self_attn.k, block.self_attn.v, block.self_attn.o]
         linear += [block.cross_attn.q, block.cross_attn.o, block.ffn[0]]
-        x = torch.randn(chunk, model.dim).to(self.x)
-        wide = torch.randn(chunk, model.ffn_dim).to(self.x)
-        q = torch.randn(chunk // window, heads, window, 128).to(self.x)
-        k = torch.randn(chunk // window, heads, keys, 128).to(self.x)
+        x = torch.randn(most, model.dim).to(self.x)
+        wide = torch.randn(most, model.ffn_dim).to(self.x)
+        q = torch.randn(most // window, heads, window, 128).to(self.x)
+        k = torch.randn(most // window, heads, keys, 128).to(self.x)
         text = torch.randn(1, heads, self.text.shape[1], 128).to(self.x)
         cross = q.transpose(0, 1).reshape(1, heads, -1, 128)
-        for _ in range(len(model.blocks) * round(tokens / chunk)):
-            for layer in linear:
-                layer(x)
-            block.ffn[2](wide)
-            for queries, both in ((q, k), (cross, text)):  # fused: no score matrix in memory
-                torch.nn.functional.scaled_dot_product_attention(queries, both, both)
+        for _ in model.blocks:
+            for start in range(0, tokens, most):
+                n = min(most, tokens - start)
+                for layer in linear:
+                    layer(x[:n])
+                block.ffn[2](wide[:n])
+                windows = -(-n // window)
+                for queries, both in ((q[:windows], k[:windows]), (cross[:, :, :n], text)):
+                    # Fused: no score matrix in memory.
+                    torch.nn.functional.scaled_dot_product_attention(queries, both, both)
+
+    def profile(self) -> dict[str, float]:
+        """Seconds of one forward by kind of work."""
+        from torch.profiler import ProfilerActivity, profile
+
+        cuda = self.x.is_cuda
+        with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as seen:
+            self.ours()
+        spent = dict.fromkeys([*KINDS, "rest"], 0.0)
+        for event in seen.key_averages():
+            names = (kind for kind, words in KINDS.items() if any(w in event.key for w in words))
+            micros = event.self_device_time_total if cuda else event.self_cpu_time_total
+            spent[next(names, "rest")] += micros / 1e6
+        return spent
 
 
 def run_on_cpu(quick: bool) -> None:
@@ -199,6 +231,7 @@ def run_on_cpu(quick: bool) -> None:
     for shape, grid in [("tiny, one block", AGAINST_STOCK[0]), *(("tiny", g) for g in against)]:
         for what, repeat in (("ours", 3), ("products", 3), ("stock", 1)):
             case = {"shape": shape, "what": what, "grid": grid, "repeat": repeat}
+            case["profile"] = what == "ours"
             rows.append(run_case("attention", case))
     growth = [
         run_case("attention", {"shape": "tiny", "what": "ours", "grid": grid, "repeat": 2})
@@ -238,6 +271,7 @@ def run_on_cpu(quick: bool) -> None:
             for row in sparse
         ],
     )
+    text += "\n\n" + profile_table([row for row in rows if row["what"] == "ours"])
     text += f"\n\nSlope of log time over log tokens, {growth[0]['tokens']:,} to "
     text += f"{growth[-1]['tokens']:,} tokens: {slope:.2f} (full attention: about 2)."
     text += "\n\nOn a CUDA card: not measured."
@@ -261,6 +295,16 @@ def _against_stock(rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def profile_table(rows: list[dict[str, Any]]) -> str:
+    """Share of every kind of work in forwards of ours."""
+    header = ["where the time goes", *(f"{r['shape']}, {r['tokens']:,} tokens" for r in rows)]
+    lines = []
+    for kind in rows[0]["profile"]:
+        shares = (r["profile"][kind] / sum(r["profile"].values()) for r in rows)
+        lines.append([kind, *(f"{share:.1%}" for share in shares)])
+    return markdown_table(header, lines)
+
+
 def log_slope(points: list[tuple[float, float]]) -> float:
     """Least-squares slope of log y over log x."""
     xs, ys = zip(*((math.log(x), math.log(y)) for x, y in points), strict=True)
@@ -270,32 +314,50 @@ def log_slope(points: list[tuple[float, float]]) -> float:
 
 
 def run_on_cuda(quick: bool) -> None:
+    ours = {"what": "ours", "repeat": 3, "profile": True}
     cases: list[dict[str, Any]] = [
-        {"shape": "1.3B", "what": "ours", "grid": UHD_81, "repeat": 3},
-        {"shape": "1.3B", "what": "products", "grid": UHD_81, "repeat": 3},
-        {"shape": "1.3B", "what": "ours", "grid": UHD_161, "repeat": 2, "cap_gib": 16},
+        {"shape": "1.3B", "grid": UHD_81, **ours},
+        {"shape": "1.3B", "grid": UHD_81, "what": "products", "repeat": 3},
+        {"shape": "1.3B", "grid": UHD_161, "what": "ours", "repeat": 2, "cap_gib": 16},
+        {"shape": "1.3B, one block", "grid": UHD_81, **ours},
+        {"shape": "1.3B, one block", "grid": UHD_81, "what": "stock"},
     ]
     if not quick:
         cases += [
-            {"shape": "1.3B, one block", "what": "ours", "grid": UHD_81, "repeat": 3},
-            {"shape": "1.3B, one block", "what": "stock", "grid": UHD_81},
-            {"shape": "1.3B", "what": "stock", "grid": UHD_81},
-            {"shape": "14B fp8", "what": "ours", "grid": UHD_161, "cap_gib": 24},
+            {"shape": "1.3B", "grid": UHD_81, "what": "stock"},
+            {"shape": "14B fp8", "grid": UHD_161, "what": "ours", "cap_gib": 24},
         ]
-    rows = [run_case("attention", case) for case in cases]
-    table = [
-        [
-            r["shape"],
-            r["what"],
-            f"{r['tokens']:,}",
-            f"{r['seconds']:.2f} s",
-            f"{r['grown_bytes'] / 2**30:.1f} GiB",
-            f"{r['floor_flops'] / r['seconds'] / 1e12:.0f} TFLOP/s",
-        ]
-        for r in rows
-    ]
-    header = ["shape", "forward", "tokens", "time", "memory grown", "matrix products at"]
-    save_results("attention_cuda", rows, markdown_table(header, table))
+    rows = []
+    for case in cases:
+        try:
+            rows.append(run_case("attention", case))
+        except RuntimeError as error:  # a row that fails must not cost the others
+            print(error)
+    others = {(r["shape"], r["what"]): r["seconds"] for r in rows if r["what"] != "ours"}
+    table = []
+    for row in rows:
+        stock, products = (others.get((row["shape"], what)) for what in ("stock", "products"))
+        compared = row["what"] == "ours" and row["grid"] == list(UHD_81)
+        table.append(
+            [
+                f"{row['shape']}, {row['what']}",
+                f"{row['tokens']:,}",
+                f"{row['cap_gib']} GiB" if row.get("cap_gib") else "",
+                f"{row['seconds']:.2f} s",
+                f"{stock / row['seconds']:.1f} x" if compared and stock else "",
+                f"{products / row['seconds']:.0%}" if compared and products else "",
+                f"{row['peak_bytes'] / 2**30:.1f} GiB",
+                f"{row['host_bytes'] / 2**30:.1f} GiB",
+            ]
+        )
+    header = [
+        "forward", "tokens", "memory capped at", "time", "faster than stock",
+        "share of the floor", "peak on the card", "peak on the host",
+    ]  # fmt: skip
+    text = markdown_table(header, table)
+    if profiled := [row for row in rows if "profile" in row]:
+        text += "\n\n" + profile_table(profiled)
+    save_results("attention_cuda", rows, text)
 
 
 def plot(rows: list[dict[str, Any]], growth: list[dict[str, Any]]) -> None:

@@ -60,13 +60,13 @@ class Pipeline:
 
         model = SHAPES[shape]
         state = tiny.wan_state(
+            matrices=getattr(torch, model.dtype),
             dim=model.dim,
             ffn_dim=model.ffn_dim,
             num_heads=model.dim // 128,
             num_layers=model.layers,
         )
-        dtype = getattr(torch, model.dtype)
-        self.model = host.load_diffusion_model({k: v.to(dtype) for k, v in state.items()})
+        self.model = host.load_diffusion_model(state)
         self.vae = host.load_vae(tiny.vae_state(dim=8 if shape == "tiny" else 96))
         space = host.latent_space(self.model)
         self.plan = make_plan(space, width, height, seconds, 16.0, short_side, 4)

@@ -26,7 +26,7 @@ def resident_bytes(field: str = "VmRSS") -> int:
 
 
 def measure(call: Callable[[], Any], repeat: int = 1) -> dict[str, float]:
-    """The fastest of `repeat` calls in seconds, and by how many bytes memory grew at the peak.
+    """The fastest of `repeat` calls in seconds, and memory at the peak: in all, grown, on the host.
 
     Device memory on a CUDA card, the process's resident memory elsewhere.
     """
@@ -48,7 +48,12 @@ def measure(call: Callable[[], Any], repeat: int = 1) -> dict[str, float]:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() if cuda else resident_bytes("VmHWM")
-    return {"seconds": min(times), "grown_bytes": peak - before}
+    return {
+        "seconds": min(times),
+        "grown_bytes": peak - before,
+        "peak_bytes": peak,
+        "host_bytes": resident_bytes("VmHWM"),
+    }
 
 
 def run_case(subcommand: str, case: dict[str, Any]) -> dict[str, Any]:
