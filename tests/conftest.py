@@ -1,6 +1,7 @@
-"""Loads the pack as ComfyUI does, inside this process, on the CPU.
+"""Loads the pack as ComfyUI does, inside this process.
 
-COMFYUI_PATH names the ComfyUI to test against; `tools/test.py` sets it.
+COMFYUI_PATH names the ComfyUI to test against, ATLASVID_CARD asks for the graphics card in place of
+the CPU; `tools/test.py` sets both.
 """
 
 import os
@@ -15,5 +16,5 @@ from pack_loader import load_comfyui, load_pack
 COMFYUI = Path(os.environ.get("COMFYUI_PATH", ""))
 if not (COMFYUI / "comfy").is_dir():
     pytest.exit("COMFYUI_PATH does not name a ComfyUI folder: run `python tools/test.py`", 2)
-load_comfyui(COMFYUI, "--cpu")
+load_comfyui(COMFYUI, "--force-fp32" if os.environ.get("ATLASVID_CARD") else "--cpu")
 load_pack()

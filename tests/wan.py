@@ -26,7 +26,13 @@ def plan_of(latent, proxy_latent, stride=4, space=WAN21, fps=16.0):
 
 
 def forward(patcher, x, t, context, **kwargs):
-    """The model's forward as the sampler calls it: with the patcher's options and wrappers."""
+    """The model's forward as the sampler calls it: with the patcher's options and wrappers.
+
+    Computed where ComfyUI computes; the model and the result are on the CPU afterwards.
+    """
+    device = host.compute_device()
+    x, t, context = x.to(device), t.to(device), context.to(device)
+    kwargs = {name: value.to(device) for name, value in kwargs.items()}
     options = {**patcher.model_options["transformer_options"], "wrappers": patcher.wrappers}
     patches = {name: patcher.get_model_object(name) for name in patcher.object_patches}
     model = patcher.model
@@ -34,9 +40,12 @@ def forward(patcher, x, t, context, **kwargs):
     try:
         for name, value in patches.items():
             _set(model, name, value)
+        model.diffusion_model.to(device)
         with torch.no_grad():
-            return model.diffusion_model(x, t, context, transformer_options=options, **kwargs)
+            out = model.diffusion_model(x, t, context, transformer_options=options, **kwargs)
+        return out.cpu()
     finally:
+        model.diffusion_model.to("cpu")
         for name, value in kept.items():
             _set(model, name, value)
 

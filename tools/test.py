@@ -1,6 +1,7 @@
 """Sets up what the tests need, checks the style and the types, and runs the tests.
 
-Arguments go to pytest: `python tools/test.py tests/engine -k windows`.
+Arguments go to pytest: `python tools/test.py tests/engine -k windows`. With `--card` before them
+the tests of the forward and of sampling run on the graphics card: `python tools/test.py --card`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from environment import (
     COMFYUI,
     COMFYUI_OLDEST,
     ROOT,
+    Setup,
     SetupError,
     missing_venv_package,
     prepare,
@@ -22,6 +24,7 @@ from environment import (
     stop_on_errors,
 )
 
+CARD_TESTS = [f"tests/engine/test_{name}.py" for name in ("detail", "run", "models", "compiled")]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -54,10 +57,29 @@ def run(*command: str | Path, **environment: str) -> int:
     ).returncode
 
 
+def card_tests(setup: Setup, arguments: list[str]) -> int:
+    """What can be wrong on a card alone: kernels, streams, the allocator."""
+    found = "import torch, sys; sys.exit(not torch.cuda.is_available())"
+    if subprocess.run([setup.python, "-c", found], check=False).returncode:
+        raise SetupError(
+            "PyTorch finds no CUDA card here. Without --card the tests run on the CPU."
+        )
+    return run(
+        setup.python,
+        "-m",
+        "pytest",
+        *(arguments or CARD_TESTS),
+        COMFYUI_PATH=os.environ.get("COMFYUI_PATH") or str(setup.comfyui[COMFYUI]),
+        ATLASVID_CARD="1",
+    )
+
+
 def main() -> int:
     if sys.argv[1:] in (["-h"], ["--help"]):
         print(__doc__)
         return 0
+    if sys.argv[1:2] == ["--card"]:
+        return card_tests(prepare((COMFYUI,), tests=True), sys.argv[2:])
     provide_system_packages()
     setup = prepare((COMFYUI, COMFYUI_OLDEST), tests=True)
     python = setup.python
