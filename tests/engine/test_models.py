@@ -1,8 +1,10 @@
 """Small twins of every supported Wan, loaded by the stock loaders and sampled."""
 
+import comfy.hooks
 import comfy.model_base
 import comfy.ops
 import comfy.sample
+import comfy.samplers
 import comfy.sd
 import comfy.utils
 import pytest
@@ -10,6 +12,7 @@ import torch
 from atlasvid.engine import host, tiny
 from atlasvid.engine.detail import apply_detail_branch
 from atlasvid.engine.grid import Grid
+from atlasvid.engine.run import SamplingRun
 from wan import forward, plan_of, rand, relative_error, small_wan
 
 SMALL = {"num_layers": 2, "dim": 256, "ffn_dim": 512}
@@ -19,6 +22,8 @@ LATENT, PROXY = (5, 12, 12), (2, 6, 6)
 
 def sample(model, latent, extra=None, mask=None, **steps):
     noise = comfy.sample.prepare_noise(latent, 3)
+    if steps.get("disable_noise"):  # what KSampler (Advanced) does
+        noise = torch.zeros_like(latent)
     conds = [[[rand(1, 16, 4096, seed=s), dict(extra or {})]] for s in (1, 2)]
     with torch.no_grad():
         return comfy.sample.sample(
@@ -35,6 +40,29 @@ def sample(model, latent, extra=None, mask=None, **steps):
             disable_pbar=True,
             **steps,
         )
+
+
+def random_lora(model):
+    """A LoRA of rank 4 on some layers of every block."""
+    lora = {}
+    for i in range(2):
+        for layer in ("self_attn.q", "self_attn.o", "cross_attn.v", "ffn.0"):
+            name = f"diffusion_model.blocks.{i}.{layer}"
+            outputs, inputs = model.model.get_submodule(name).weight.shape
+            lora[f"{name}.lora_A.weight"] = rand(4, inputs, seed=i)
+            lora[f"{name}.lora_B.weight"] = rand(outputs, 4, seed=i + 1) / 10
+    return lora
+
+
+def merged(lora):
+    """The weights of the small Wan with a LoRA added."""
+    state = tiny.wan_state(**SMALL)
+    for name in lora:
+        if name.endswith("lora_A.weight"):
+            layer = name.removesuffix(".lora_A.weight")
+            weight = layer.removeprefix("diffusion_model.") + ".weight"
+            state[weight] += lora[layer + ".lora_B.weight"] @ lora[name]
+    return state
 
 
 def equal_to_stock(model, channels=16, **kwargs):
@@ -76,32 +104,48 @@ def test_image_to_video(config, guide_noise):
     assert equal_to_stock(model, channels=36, **extra)
 
 
-def test_two_experts_in_a_row():
-    """Wan 2.2 A14B: one model for high noise, another for low, as two KSampler (Advanced)."""
-    high, low = small_wan(0, **SMALL), small_wan(1, **SMALL)
-    latent = torch.zeros(1, 16, *LATENT)
-    noisy = sample(branch(high), latent, start_step=0, last_step=2)
-    plan_noise = torch.zeros_like(noisy)
-    with torch.no_grad():
-        conds = [[[rand(1, 16, 4096, seed=s), {}]] for s in (1, 2)]
-        out = comfy.sample.sample(
-            branch(low),
-            plan_noise,
-            4,
-            5.0,
-            "euler",
-            "simple",
-            *conds,
-            noisy,
-            disable_noise=True,
-            start_step=2,
-            last_step=4,
-            force_full_denoise=True,
-            seed=3,
-            disable_pbar=True,
+def euler(models):
+    """Euler's method written out, one model per step, with guidance 5 and the sampler's noise."""
+    model = models[0]
+    sampling = model.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", len(models))
+    x = sigmas[0] * comfy.sample.prepare_noise(torch.zeros(1, 16, *LATENT), 3)
+    for each, now, after in zip(models, sigmas, sigmas[1:], strict=False):
+        patched = each.clone()
+        patched.model_options["transformer_options"]["atlasvid"] = SamplingRun(3, keep_guide=False)
+        positive, negative = (
+            forward(patched, x, 1000 * now[None], rand(1, 16, 4096, seed=seed)) for seed in (1, 2)
         )
-    assert out.isfinite().all()
-    assert relative_error(out, sample(branch(high), latent)) > 1e-3
+        x = x + (after - now) * (negative + 5 * (positive - negative))
+    return model.model.process_latent_out(x)
+
+
+@pytest.mark.parametrize("guide_noise", ["clean", "matched"])
+def test_two_experts_in_a_row(guide_noise):
+    """Wan 2.2 A14B: one model for high noise, another for low, as two KSampler (Advanced)."""
+    high, low = (branch(small_wan(seed, **SMALL), guide_noise) for seed in (0, 1))
+    latent = torch.zeros(1, 16, *LATENT)
+    noisy = sample(high, latent, start_step=0, last_step=2)
+    out = sample(low, noisy, start_step=2, last_step=4, disable_noise=True, force_full_denoise=True)
+    assert relative_error(out, euler([high, high, low, low])) < 1e-4
+    assert relative_error(out, euler([high] * 4)) > 1e-2
+
+
+@pytest.mark.parametrize("guide_noise", ["clean", "matched"])
+def test_weights_scheduled_by_hooks(guide_noise):
+    """A LoRA that a hook takes away in the middle: the clean guide must follow it."""
+    model = small_wan(**SMALL)
+    lora = random_lora(model)
+    adapted = host.load_diffusion_model(merged(lora))
+    expected = euler([branch(m, guide_noise) for m in (adapted, adapted, model, model)])
+    hooks = comfy.hooks.create_hook_lora(lora, 1.0, 0.0)
+    keyframes = comfy.hooks.HookKeyframeGroup()
+    keyframes.add(comfy.hooks.HookKeyframe(1.0, 0.0))
+    keyframes.add(comfy.hooks.HookKeyframe(0.0, 0.45))
+    hooks.set_keyframes_on_hooks(keyframes)
+    latent = torch.zeros(1, 16, *LATENT)
+    out = sample(branch(model, guide_noise), latent, {"hooks": hooks})
+    assert relative_error(out, expected) < 1e-4
 
 
 @pytest.mark.parametrize("guide_noise", ["clean", "matched"])
@@ -124,17 +168,19 @@ def test_ti2v_5b(guide_noise):
 
 def test_fp8_scaled_weights():
     state = tiny.wan_state(**SMALL)
+    exact = dict(state)
     for name in [n for n in state if n.startswith("blocks.") and n.endswith(".weight")]:
         if state[name].ndim == 2:
             scale = state[name].abs().max() / 448
             state[name] = (state[name] / scale).to(torch.float8_e4m3fn)
             state[name.replace(".weight", ".scale_weight")] = scale.clone()
+            exact[name] = state[name].float() * scale
     state["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
     model = host.load_diffusion_model(state)
     assert equal_to_stock(model)
-    full = small_wan(**SMALL)
+    same = host.load_diffusion_model(exact)
     latent = torch.zeros(1, 16, *LATENT)
-    assert relative_error(sample(branch(model), latent), sample(branch(full), latent)) < 0.5
+    assert relative_error(sample(branch(model), latent), sample(branch(same), latent)) < 1e-3
 
 
 def test_weights_that_are_made_when_a_layer_is_called():
@@ -165,30 +211,14 @@ def test_weights_that_are_made_when_a_layer_is_called():
 
 def test_stock_lora():
     model = small_wan(**SMALL)
-    lora = {}
-    for i in range(2):
-        for layer in ("self_attn.q", "self_attn.o", "cross_attn.v", "ffn.0"):
-            outputs, inputs = model.model.diffusion_model.get_submodule(
-                f"blocks.{i}.{layer}"
-            ).weight.shape
-            name = f"diffusion_model.blocks.{i}.{layer}"
-            lora[f"{name}.lora_A.weight"] = rand(4, inputs, seed=i)
-            lora[f"{name}.lora_B.weight"] = rand(outputs, 4, seed=i + 1) / 10
+    lora = random_lora(model)
     adapted, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
     latent = torch.zeros(1, 16, *LATENT)
     plain = sample(branch(model), latent)
     with_lora = sample(branch(adapted), latent)
     assert relative_error(with_lora, plain) > 1e-3
-    merged = tiny.wan_state(**SMALL)
-    for name in list(lora):
-        if name.endswith("lora_A.weight"):
-            layer = name.removesuffix(".lora_A.weight")
-            merged[layer.removeprefix("diffusion_model.") + ".weight"] += (
-                lora[layer + ".lora_B.weight"] @ lora[name]
-            )
-    assert (
-        relative_error(sample(branch(host.load_diffusion_model(merged)), latent), with_lora) < 1e-3
-    )
+    same = host.load_diffusion_model(merged(lora))
+    assert relative_error(sample(branch(same), latent), with_lora) < 1e-3
     assert torch.equal(sample(branch(model), latent), plain)
 
 
