@@ -21,10 +21,13 @@ class Shape:
     ffn_dim: int
     layers: int
     dtype: str
+    text: int = 512
+    """Tokens of the prompt; Wan's text encoder pads to 512."""
 
 
 SHAPES = {
     "tiny": Shape(256, 1024, 4, "float32"),
+    "tiny, 16 text tokens": Shape(256, 1024, 4, "float32", 16),
     "tiny, one block": Shape(256, 1024, 1, "float32"),
     "1.3B": Shape(1536, 8960, 30, "bfloat16"),
     "1.3B, one block": Shape(1536, 8960, 1, "bfloat16"),
@@ -154,7 +157,7 @@ class Forward:
         dtype = self.patcher.model.get_dtype_inference()
         self.x = torch.randn(1, space.channels, *self.plan.latent).to(device, dtype)
         self.timestep = torch.tensor([500.0], device=device)
-        self.text = torch.randn(1, 512, 4096).to(device, dtype)
+        self.text = torch.randn(1, shape.text, 4096).to(device, dtype)
 
     def _forward(self, patcher: Any) -> Any:
         options = {**patcher.model_options["transformer_options"], "wrappers": patcher.wrappers}
@@ -228,7 +231,9 @@ class Forward:
 def run_on_cpu(quick: bool) -> None:
     rows = []
     against = AGAINST_STOCK[:1] if quick else AGAINST_STOCK
-    for shape, grid in [("tiny, one block", AGAINST_STOCK[0]), *(("tiny", g) for g in against)]:
+    compared = [("tiny, one block", AGAINST_STOCK[0]), *(("tiny", grid) for grid in against)]
+    compared.append(("tiny, 16 text tokens", against[-1]))
+    for shape, grid in compared:
         for what, repeat in (("ours", 3), ("products", 3), ("stock", 1)):
             case = {"shape": shape, "what": what, "grid": grid, "repeat": repeat}
             case["profile"] = what == "ours"
