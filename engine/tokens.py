@@ -10,6 +10,9 @@ from torch import Tensor
 
 from . import host
 
+WORD = torch.int64
+"""Rows are gathered and scattered as these: two to three times as fast as 16-bit numbers."""
+
 
 class Tokens(Protocol):
     """Tokens [F * h * w, C] that blocks read and overwrite by raster index."""
@@ -63,6 +66,7 @@ class HostTokens:
 
     def __init__(self, count: int, dim: int, dtype: torch.dtype, device: torch.device):
         self.values = host.host_buffer((count, dim), dtype, device)
+        self._rows = self.values.view(WORD)
         self.device = device
         self._worker = ThreadPoolExecutor(1, "atlasvid-tokens")
         self._pending: list[Future[None]] = []
@@ -74,7 +78,7 @@ class HostTokens:
     def read(self, index: Tensor) -> Tensor:
         shape = (len(index), self.values.shape[1])
         gathered = host.host_buffer(shape, self.values.dtype, self.device)
-        torch.index_select(self.values, 0, index, out=gathered)
+        torch.index_select(self._rows, 0, index, out=gathered.view(WORD))
         return host.upload(gathered, self.device)
 
     def write(self, index: Tensor, values: Tensor) -> None:
@@ -86,7 +90,7 @@ class HostTokens:
     def _store(self, index: Tensor, values: Tensor, ready: host.Mark) -> None:
         with torch.inference_mode(), ready.after():
             staged = host.host_buffer(tuple(values.shape), values.dtype, self.device)
-            self.values[index] = staged.copy_(values)
+            self._rows.index_copy_(0, index, staged.copy_(values).view(WORD))
 
     def settle(self) -> None:
         while self._pending:
