@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from .grid import Grid
-from .memory import CUDA_CHUNK, Workload, wanted_bytes
+from .memory import CHUNK, Workload, wanted_bytes
 from .plan import Plan
-from .windows import GuideAlignment, ShiftedWindows, SlidingWindows, cuts
+from .windows import GuideAlignment, SlidingWindows, cuts
 
 TEXT_WIDTH = 4096
 TEXT_TOKENS = 512
@@ -167,12 +167,6 @@ def window_pairs(grid: Grid, window: Grid, overlap: str) -> float:
     return (pairs(False) + pairs(True)) / 2
 
 
-def window_calls(grid: Grid, window: Grid) -> float:
-    """Parts in which a block is evaluated, averaged: at least one for each size of box."""
-    windows = ShiftedWindows(grid, window.clipped(grid))
-    return sum(len(windows.by_size(block)) for block in (0, 1)) / 2
-
-
 def guide_keys(plan: Plan, window: Grid) -> int:
     """Guide tokens that every query reads."""
     window = window.clipped(plan.tokens)
@@ -189,7 +183,7 @@ def forward_work(
         tokens: how many pass through the blocks.
         pairs: (query, key) pairs of one block's self-attention.
         element_bytes: of the dtype computed in.
-        calls: parts in which a block is evaluated; each projects the text anew.
+        calls: chunks in which a block is evaluated; each projects the text anew.
     """
     dim, ffn, text = shape.dim, shape.ffn_dim, shape.text_tokens
     # q, k, v, o of self-attention, q and o of cross-attention; k and v of the text.
@@ -216,9 +210,7 @@ def detail_work(shape: ModelShape, plan: Plan, settings: Settings, element_bytes
     tokens = plan.tokens.count
     pairs = window_pairs(plan.tokens, settings.window, settings.overlap)
     pairs += tokens * guide_keys(plan, settings.window)
-    return forward_work(
-        shape, tokens, pairs, element_bytes, window_calls(plan.tokens, settings.window)
-    )
+    return forward_work(shape, tokens, pairs, element_bytes, math.ceil(tokens / CHUNK))
 
 
 def full_attention_work(shape: ModelShape, plan: Plan, element_bytes: int) -> Work:
@@ -315,7 +307,7 @@ def seconds(
     # A clean guide is the same in every step: one evaluation for each conditioning.
     guides = 2 if settings.guide_noise == "clean" else settings.detail_evaluations
     need = memory(shape, plan, settings, machine)
-    moved = offloaded_bytes(need, machine) * math.ceil(plan.tokens.count / CUDA_CHUNK)
+    moved = offloaded_bytes(need, machine) * math.ceil(plan.tokens.count / CHUNK)
     return Seconds(
         proxy=rates.seconds(proxy * settings.proxy_evaluations),
         detail=rates.seconds(detail + proxy * guides)

@@ -14,6 +14,8 @@ MIN_CHUNK = 1_024
 CUDA_CHUNK = 65_536
 CPU_CHUNK = 4_096
 """Past these sizes a larger chunk gains no speed."""
+CHUNK = CUDA_CHUNK // 4
+"""Tokens at a time that keep a card busy: what sampling asks ComfyUI to make room for."""
 
 
 def parse_budget(budget: str) -> int | None:
@@ -131,5 +133,5 @@ def wanted_bytes(work: Workload, latent_bytes: int) -> int:
         latent_bytes: one float32 latent of the target; a step of a stock sampler holds about eight.
     """
     guide = work.guide_bytes if work.guide_tokens else 0
-    chunk = work.least_chunk_bytes + CUDA_CHUNK // 4 * work.bytes_per_chunk_token
+    chunk = work.least_chunk_bytes + CHUNK * work.bytes_per_chunk_token
     return 8 * latent_bytes + work.token_bytes + work.ring_bytes + guide + chunk
