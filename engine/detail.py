@@ -52,13 +52,7 @@ def apply_detail_branch(
         ValueError: unsupported model, another latent space than the plan's, or a proxy or a guide
             LoRA that does not match the plan or the model.
     """
-    space = host.latent_space(model)
-    if space != plan.space:
-        raise ValueError(
-            f"The plan was made for a model with {plan.space.channels}-channel latents at 1/"
-            f"{plan.space.spatial} size; this model has {space.channels} channels at 1/"
-            f"{space.spatial}. Connect the same model to the plan."
-        )
+    _require_same_space(model, plan)
     require_choice("overlap", overlap, OVERLAPS)
     require_choice("guide_noise", guide_noise, GUIDE_NOISE)
     if start_percent > end_percent:
@@ -87,19 +81,38 @@ def apply_detail_branch(
         keep_blocks=keep_blocks,
         guide_lora=guide_lora,
     )
+    branch, clone = DetailBranch(settings), model.clone()
+    for kind, wrapper in (
+        (host.Wrappers.PREPARE_SAMPLING, branch.prepare),
+        (host.Wrappers.DIFFUSION_MODEL, torch.compiler.disable(branch.forward)),  # engine.compiled
+        (host.Wrappers.OUTER_SAMPLE, open_run),
+    ):
+        clone.remove_wrappers_with_key(kind, KEY)
+        clone.add_wrapper_with_key(kind, KEY, wrapper)
+    return clone
 
-    @torch.compiler.disable  # see engine.compiled
-    def forward(executor: Any, x: Tensor, timestep: Tensor, context: Tensor, *args: Any, **kw: Any):
+
+class DetailBranch:
+    """What stands around a model's forward, and around the loading of its weights."""
+
+    def __init__(self, settings: DetailSettings):
+        self.settings = settings
+
+    def forward(
+        self, executor: Any, x: Tensor, timestep: Tensor, context: Tensor, *args: Any, **kw: Any
+    ) -> Tensor:
+        """DIFFUSION_MODEL wrapper: the windowed forward in the part of sampling it is for."""
         clip_fea, time_dim_concat, options, extra = _split(args, kw)
-        if not _is_active(settings, options):
+        if not self.settings.is_active(options.get("sigmas")):
             return executor(x, timestep, context, *args, **kw)
         _require_plain(time_dim_concat, extra)
-        branch = DetailForward(executor.class_obj, settings, run_of(options), options)
+        branch = DetailForward(executor.class_obj, self.settings, run_of(options), options)
         return branch(x, timestep, context, clip_fea)
 
-    def prepare(executor: Any, patcher: Any, noise_shape: Any, *args: Any, **kw: Any):
-        """Load the weights beside what this forward needs, not what a full one would."""
-        if start_percent > 0 or end_percent < 1:  # some steps are full ones
+    def prepare(self, executor: Any, patcher: Any, noise_shape: Any, *args: Any, **kw: Any) -> Any:
+        """PREPARE_SAMPLING wrapper: loads weights beside what this forward needs, no more."""
+        settings = self.settings
+        if not settings.is_always_active:
             return executor(patcher, noise_shape, *args, **kw)
         inner = patcher.model.diffusion_model
         itemsize = host.inference_itemsize(patcher)
@@ -109,15 +122,15 @@ def apply_detail_branch(
             wanted = min(wanted, settings.budget)
         return executor(patcher, host.noise_shape_for(patcher, wanted), *args, **kw)
 
-    clone = model.clone()
-    for kind, wrapper in (
-        (host.Wrappers.PREPARE_SAMPLING, prepare),
-        (host.Wrappers.DIFFUSION_MODEL, forward),
-        (host.Wrappers.OUTER_SAMPLE, open_run),
-    ):
-        clone.remove_wrappers_with_key(kind, KEY)
-        clone.add_wrapper_with_key(kind, KEY, wrapper)
-    return clone
+
+def _require_same_space(model: Any, plan: Plan) -> None:
+    space = host.latent_space(model)
+    if space != plan.space:
+        raise ValueError(
+            f"The plan was made for a model with {plan.space.channels}-channel latents at 1/"
+            f"{plan.space.spatial} size; this model has {space.channels} channels at 1/"
+            f"{space.spatial}. Connect the same model to the plan."
+        )
 
 
 def _split(args: tuple, kwargs: dict) -> tuple[Any, Any, dict, dict]:
@@ -130,13 +143,6 @@ def _split(args: tuple, kwargs: dict) -> tuple[Any, Any, dict, dict]:
         extra.pop("transformer_options", {}),
         extra,
     )
-
-
-def _is_active(settings: DetailSettings, options: dict) -> bool:
-    sigmas = options.get("sigmas")
-    if sigmas is None:
-        return True
-    return settings.sigma_end <= float(sigmas.max()) <= settings.sigma_start
 
 
 def _require_plain(time_dim_concat: Tensor | None, extra: dict) -> None:

@@ -44,6 +44,15 @@ class DetailSettings:
     """Blocks of 128 keys that a window reads, 0 for all."""
     guide_lora: GuideLora | None = None
 
+    @property
+    def is_always_active(self) -> bool:
+        """Whether every step of a sampling is for the detail branch."""
+        return self.sigma_start >= 1 and self.sigma_end <= 0
+
+    def is_active(self, sigmas: Tensor | None) -> bool:
+        """Whether a step at these noise levels is, one per item; outside of sampling all are."""
+        return sigmas is None or self.sigma_end <= float(sigmas.max()) <= self.sigma_start
+
 
 def preset_window(
     preset: str, plan: Plan, custom: Grid, guide_lora: GuideLora | None = None
