@@ -143,8 +143,8 @@ class Forward:
         )
         proxy = torch.randn(1, space.channels, *self.plan.proxy_latent)
         budget = "auto"
-        if cap_gib is not None:  # beside the weights, and beside what the card's libraries take
-            budget = f"{cap_gib - torch.cuda.memory_allocated() / 2**30 - 1:.1f} GB"
+        if cap_gib is not None:  # what "auto" takes on a card of that size
+            budget = f"{(cap_gib - torch.cuda.memory_allocated() / 2**30) / 2:.1f} GB"
         self.patched = apply_detail_branch(
             self.patcher,
             self.plan,
