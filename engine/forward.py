@@ -128,7 +128,7 @@ class DetailForward:
         work = workload(self.settings, self.model, len(x), x.element_size(), self.run.keep_guide)
         if len(self.options.get("cond_or_uncond", ())) == 1:  # the other one keeps a guide too
             work = replace(work, conditionings=2)
-        free = host.free_memory(x.device)
+        free = host.free_memory(x.device, self.run.model)
         if self.settings.budget is not None:
             free = min(free, self.settings.budget)
         # Half of what is free: the allocator fragments, and other programs use the card too.
