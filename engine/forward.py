@@ -99,11 +99,13 @@ class DetailForward:
                     text,
                 )
             keys_of_blocks = guide.keys_of_blocks() if guide else repeat(None)
+            keys = None
             guide_phase = "guide" if guide and not guide.is_kept else "detail"
             progress = self._progress()
             for i in range(len(self.model.blocks)):
                 self.options["block_index"] = i
                 progress.at_block(i, guide_phase)
+                del keys  # before those of the next block are made
                 keys = next(keys_of_blocks)
                 progress.at_block(i, "detail")
                 if whole is not None and ("double_block", i) in self._replacements():
