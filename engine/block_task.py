@@ -48,7 +48,7 @@ class BlockTask:
         if not self.modulation.per_frame:
             return self.modulation
         frames = index // (self.grid.height * self.grid.width)
-        return self.modulation.of_tokens(frames.to(self.device))
+        return self.modulation.of_tokens(host.index_on(frames, self.device))
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, size: Grid, guide: tuple[Tensor, Tensor] | None

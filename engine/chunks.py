@@ -40,25 +40,29 @@ class ChunkSize:
 def in_chunks(ends: Sequence[int], chunk: ChunkSize, compute: Callable[[int, int], None]) -> None:
     """Call compute(start, stop) over all items in chunks; halve a chunk that runs out of memory.
 
-    `compute` must write its result last, so that a chunk that failed can be repeated. Cancelling
-    is checked before every chunk.
+    A single item is tried once more, after the device has finished what it had to do: copies on
+    their way hold memory too. `compute` must write its result last, so that a chunk that failed can
+    be repeated. Cancelling is checked before every chunk.
 
     Args:
         ends: tokens up to the end of every item, `range(1, n + 1)` where items are tokens.
 
     Raises:
-        Exception: whatever `compute` raises; out of memory only when a single item fails too.
+        Exception: whatever `compute` raises; out of memory only when a single item fails twice.
     """
-    start = 0
+    start, retried = 0, -1
     while start < len(ends):
         host.raise_if_cancelled()
         stop = chunk.stop(start, ends)
         try:
             compute(start, stop)
         except Exception as error:
-            if stop - start == 1 or not host.is_out_of_memory(error):
+            if not host.is_out_of_memory(error) or (stop - start == 1 and retried == start):
                 raise
-            chunk.halve(start, stop, ends)
+            if stop - start == 1:
+                retried = start
+            else:
+                chunk.halve(start, stop, ends)
             stop = start
         if stop == start:  # outside the handler, whose traceback would keep the tensors alive
             host.empty_cache()

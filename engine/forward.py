@@ -99,11 +99,13 @@ class DetailForward:
                     text,
                 )
             keys_of_blocks = guide.keys_of_blocks() if guide else repeat(None)
+            keys = None
             guide_phase = "guide" if guide and not guide.is_kept else "detail"
             progress = self._progress()
             for i in range(len(self.model.blocks)):
                 self.options["block_index"] = i
                 progress.at_block(i, guide_phase)
+                del keys  # before those of the next block are made
                 keys = next(keys_of_blocks)
                 progress.at_block(i, "detail")
                 if whole is not None and ("double_block", i) in self._replacements():
@@ -128,7 +130,7 @@ class DetailForward:
         work = workload(self.settings, self.model, len(x), x.element_size(), self.run.keep_guide)
         if len(self.options.get("cond_or_uncond", ())) == 1:  # the other one keeps a guide too
             work = replace(work, conditionings=2)
-        free = host.free_memory(x.device)
+        free = host.free_memory(x.device, self.run.model)
         if self.settings.budget is not None:
             free = min(free, self.settings.budget)
         # Half of what is free: the allocator fragments, and other programs use the card too.

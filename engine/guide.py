@@ -87,6 +87,7 @@ class GuideStream:
                 if len(fresh) == len(self.model.blocks):  # only a whole stream is worth keeping
                     self.run.guide_keys[key] = fresh
             yield keys, values
+            del keys, values  # before those of the next block are made
 
     def _place(self, tensor: Tensor) -> Tensor:
         """Where the memory plan keeps a tensor between steps."""
@@ -104,7 +105,9 @@ class GuideStream:
         _, e0 = host.time_embedding(model, timestep, self.x.dtype)
         freqs = self._own_positions(tokens.device)
         frame_of_token = torch.arange(grid.frames, device=tokens.device)
-        frame_of_token = frame_of_token.repeat_interleave(grid.height * grid.width)
+        frame_of_token = frame_of_token.repeat_interleave(
+            grid.height * grid.width, output_size=len(tokens[0])
+        )
         for i, block in enumerate(model.blocks):
             rows = [blocks.Modulation.of(block, item).of_tokens(frame_of_token) for item in e0]
             keys, values = torch.empty_like(tokens), torch.empty_like(tokens)
@@ -125,6 +128,7 @@ class GuideStream:
                     freqs,
                     self.text.of(item),
                 )
+            del keys, values
 
     def _fill_keys(
         self, block: Any, x: Tensor, rows: blocks.Modulation, keys: Tensor, values: Tensor

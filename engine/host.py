@@ -171,8 +171,11 @@ def apply_rope(x: Tensor, freqs: Tensor) -> Tensor:
 
 
 def cast(weight: Tensor, like: Tensor) -> Tensor:
-    """A bare parameter in the dtype and on the device of `like`."""
-    return comfy.model_management.cast_to(weight, dtype=like.dtype, device=like.device)
+    """A bare parameter in the dtype and on the device of `like`.
+
+    Copied without waiting for the device's work, where it can.
+    """
+    return comfy.model_management.cast_to_device(weight, like.device, like.dtype)
 
 
 def pad_to_patch(latent: Tensor, patch: tuple[int, int, int]) -> Tensor:
@@ -214,9 +217,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, comfy.model_management.OOM_EXCEPTION)
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that may be allocated on a device now."""
-    return int(comfy.model_management.get_free_memory(device))
+def free_memory(device: torch.device, model: Any = None) -> int:
+    """Bytes that may be allocated on a device now.
+
+    Args:
+        model: a ModelPatcher. With dynamic VRAM, weights of all models stay on the card until an
+            allocation needs their place: its patchers count those as free, the device does not.
+    """
+    ask = getattr(model, "get_free_memory", comfy.model_management.get_free_memory)
+    return int(ask(device))
 
 
 def release_pinned() -> None:
@@ -248,7 +257,13 @@ def host_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 
 
 @cache
-def _upload_stream(device: torch.device) -> torch.cuda.Stream:
+def _copy_stream(device: torch.device, way: str) -> torch.cuda.Stream:
+    """A stream for copies `up` or `down` alone.
+
+    Kept: streams come from a pool of 32, in turn, so new ones would soon be those of other copies,
+    and a stream's memory is cached for that stream.
+    """
+    assert way in ("up", "down")
     return torch.cuda.Stream(device)
 
 
@@ -256,12 +271,19 @@ def upload(buffer: Tensor, device: torch.device) -> Tensor:
     """A copy of host memory on a device, made beside the work that the device already has."""
     if device.type != "cuda":
         return buffer.to(device, copy=True)
-    stream, main = _upload_stream(device), torch.cuda.current_stream(device)
+    stream, main = _copy_stream(device, "up"), torch.cuda.current_stream(device)
     with torch.cuda.stream(stream):
         uploaded = buffer.to(device, non_blocking=True)
     main.wait_stream(stream)
     uploaded.record_stream(main)
     return uploaded
+
+
+def index_on(index: Tensor, device: torch.device) -> Tensor:
+    """An index [n] on a device, without waiting for the work that the device already has."""
+    if index.device == device:
+        return index
+    return upload(host_buffer(tuple(index.shape), index.dtype, device).copy_(index), device)
 
 
 class Mark:
@@ -271,7 +293,7 @@ class Mark:
         self.device = device
         self.event = None
         if device.type == "cuda":
-            self.event = torch.cuda.Event()
+            self.event = torch.cuda.Event(blocking=True)  # waiting leaves the core to other threads
             self.event.record(torch.cuda.current_stream(device))
 
     def wait(self) -> None:
@@ -285,7 +307,7 @@ class Mark:
         if self.event is None:
             yield
             return
-        stream = torch.cuda.Stream(self.device)
+        stream = _copy_stream(self.device, "down")
         stream.wait_event(self.event)
         with torch.cuda.stream(stream):
             yield

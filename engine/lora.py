@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from . import host
 from .grid import Grid
 from .recipe import BaseShape, Recipe
 
@@ -77,8 +78,8 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        low = F.linear(x, self.change.down.to(x)) * self.scale
-        return self.base(x) + F.linear(low, self.change.up.to(x))
+        low = F.linear(x, host.cast(self.change.down, x)) * self.scale
+        return self.base(x) + F.linear(low, host.cast(self.change.up, x))
 
 
 def with_layers(module: nn.Module, layers: Mapping[str, nn.Module]) -> Any:

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 GIB = 2**30
 AUTO = "auto"
 BUDGETS = (AUTO, "1 GB", "2 GB", "3 GB", "4 GB", "6 GB", "8 GB", "12 GB", "16 GB", "24 GB")
+ATTENTION = 13
+"""Vectors of a token at the peak of attention, with a kernel that rounds queries and keys."""
+ON_THEIR_WAY = 4
+"""Vectors of a token in chunks that are being copied to the host or from it."""
 MIN_CHUNK = 1_024
 CUDA_CHUNK = 65_536
 CPU_CHUNK = 4_096
@@ -78,8 +82,19 @@ class Workload:
 
     @property
     def bytes_per_chunk_token(self) -> int:
-        """Activations at the peak of a chunk: the attention's and the feed-forward's."""
-        return self.itemsize * (14 * self.dim + 3 * self.ffn_dim)
+        """Activations at the peak of a chunk, which is the attention's or the feed-forward's.
+
+        Counted on real blocks, with four vectors more for results on their way to the host.
+        """
+        peak = max(ATTENTION * self.dim, 5 * self.dim + 2 * self.ffn_dim)
+        return self.itemsize * (peak + ON_THEIR_WAY * self.dim)
+
+    @property
+    def least_chunk(self) -> int:
+        """Tokens for whose feed-forward there is room where one window was attended."""
+        keys = max(MIN_CHUNK, self.window_keys)
+        room = (ATTENTION - 2) * self.dim * keys
+        return max(MIN_CHUNK, min(keys, room // (4 * self.dim + 2 * self.ffn_dim)))
 
     @property
     def least_chunk_bytes(self) -> int:
@@ -87,8 +102,10 @@ class Workload:
 
         While the guide is evaluated there are its tokens, keys, values and rotated keys.
         """
-        tokens = 14 * max(MIN_CHUNK, self.window_keys) + 4 * self.guide_tokens
-        return tokens * self.dim * self.itemsize + MIN_CHUNK * self.bytes_per_chunk_token
+        vector = self.dim * self.itemsize
+        attention = (ATTENTION + ON_THEIR_WAY) * max(MIN_CHUNK, self.window_keys) * vector
+        chunk = max(attention, self.least_chunk * self.bytes_per_chunk_token)
+        return chunk + 4 * self.guide_tokens * vector
 
 
 @dataclass(frozen=True)
@@ -122,7 +139,7 @@ def plan_memory(work: Workload, free: int, host_free: int, most_chunk: int) -> M
             left -= work.guide_bytes
         elif work.guide_bytes <= host_free // 2:
             guide = "host"
-    chunk = MIN_CHUNK + max(0, left) // work.bytes_per_chunk_token
+    chunk = work.least_chunk + max(0, left) // work.bytes_per_chunk_token
     return MemoryPlan(min(chunk, most_chunk), tokens_on_device, guide)
 
 

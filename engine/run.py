@@ -25,12 +25,18 @@ class SamplingRun:
         seed: the sampler's.
         keep_guide: whether one conditioning has the same weights in every step.
         compile_choices: arguments of torch.compile, or None to compile nothing.
+        model: the ModelPatcher that is sampled.
     """
 
     def __init__(
-        self, seed: int, keep_guide: bool = True, compile_choices: dict[str, Any] | None = None
+        self,
+        seed: int,
+        keep_guide: bool = True,
+        compile_choices: dict[str, Any] | None = None,
+        model: Any = None,
     ):
         self.seed = seed
+        self.model = model
         self.keep_guide = keep_guide
         self.parts = parts_of(compile_choices)
         self.guide_keys: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
@@ -91,6 +97,7 @@ def open_run(executor: Any, noise: Tensor, latent_image: Tensor, *args: Any, **k
         seed or 0,
         keep_guide=not host.has_scheduled_weights(guider.model_patcher),
         compile_choices=host.compile_choices(guider.model_options),
+        model=guider.model_patcher,
     )
     options = guider.model_options.setdefault("transformer_options", {})
     options[KEY] = run

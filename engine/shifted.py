@@ -112,8 +112,17 @@ class ShiftedAttention:
         """Windows start to stop. Linear layers see windows of all sizes together."""
         index = order.tokens[order.span(start, stop)]
         x, modulation = task.read(index)
+        # A call of its own, so that its queries, keys and values are gone before the feed-forward.
+        attended = self._attended(
+            task, order, start, stop, blocks.attention_input(task.block, x, modulation)
+        )
+        task.finish(x, attended, modulation, index)
+
+    def _attended(
+        self, task: BlockTask, order: WindowOrder, start: int, stop: int, y: Tensor
+    ) -> Tensor:
+        """Attention's output [1, n, C] for the inputs y [1, n, C] of windows start to stop."""
         attention = task.block.self_attn
-        y = blocks.attention_input(task.block, x, modulation)
         q, k, v = task.parts.queries(attention, y), task.parts.keys(attention, y), attention.v(y)
         del y
         attended, first = [], 0
@@ -126,9 +135,7 @@ class ShiftedAttention:
             guide = _aligned_guide(task, group, windows) if task.guide else None
             attended.append(task.attend(part_q, part_k, part_v, group.size, guide))
             first = last
-        del q, k, v
-        together = attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)
-        task.finish(x, together, modulation, index)
+        return attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)
 
 
 def _aligned_guide(task: BlockTask, group: WindowGroup, windows: slice) -> tuple[Tensor, Tensor]:

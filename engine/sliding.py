@@ -139,11 +139,12 @@ class SlidingAttention:
         """Make keys and values of the slices up to `last` from tokens not yet written."""
         if last <= ring.filled:
             return
-        start, size = [0, 0, 0], list(self.windows.grid)
-        start[self.axis], size[self.axis] = ring.filled, last - ring.filled
-        starts = torch.tensor([start], device=task.device)
+        size = list(self.windows.grid)
+        size[self.axis] = last - ring.filled
+        starts = self._start_on(task.device, ring.filled)
         index = flat_index(self.windows.grid, starts, Grid(*size))[0]
-        stored = index.to(task.tokens.index_device)
+        stored_starts = self._start_on(task.tokens.index_device, ring.filled)
+        stored = flat_index(self.windows.grid, stored_starts, Grid(*size))[0]
         slot = flat_index(ring.grid, starts, Grid(*size), wrap=ring.grid)[0]
 
         def compute(begin: int, end: int) -> None:
@@ -157,6 +158,12 @@ class SlidingAttention:
 
         in_chunks(range(1, len(index) + 1), task.chunk, compute)
         ring.filled = last
+
+    def _start_on(self, device: torch.device, first: int) -> Tensor:
+        """Where slice `first` starts [1, 3], made on the device: a copy would wait for its work."""
+        starts = torch.zeros((1, 3), dtype=torch.long, device=device)
+        starts[:, self.axis] = first
+        return starts
 
     def _rotations_of(self, index: Tensor, tables: list[Tensor]) -> Tensor:
         """Rotations [1, n, 1, d/2, 2, 2] of tokens at raster indices [n]."""

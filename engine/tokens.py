@@ -56,16 +56,19 @@ class DeviceTokens:
 
 
 class HostTokens:
-    """Tokens in (pinned) host memory that stream through the device.
+    """Tokens in host memory that stream through the device.
 
     A worker thread copies results back, and uploads have a stream of their own, while the device
     computes the chunk in between. At most two results wait, so memory stays bounded.
+
+    Only the chunks on their way are pinned. The tokens are read and written by the CPU, and pinned
+    memory is slow to get, handed out in powers of two and scarce on Windows.
     """
 
     WAITING = 2
 
     def __init__(self, count: int, dim: int, dtype: torch.dtype, device: torch.device):
-        self.values = host.host_buffer((count, dim), dtype, device)
+        self.values = torch.empty((count, dim), dtype=dtype)
         self._rows = self.values.view(WORD)
         self.device = device
         self._worker = ThreadPoolExecutor(1, "atlasvid-tokens")
@@ -84,6 +87,7 @@ class HostTokens:
     def write(self, index: Tensor, values: Tensor) -> None:
         while len(self._pending) >= self.WAITING:
             self._finish_oldest()
+        values = values.contiguous()  # here: the worker's copy would do it in its stream's memory
         ready = host.mark(self.device)
         self._pending.append(self._worker.submit(self._store, index, values, ready))
 

@@ -5,7 +5,7 @@ ones do. So what only a card would notice is noticed without one.
 """
 
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import comfy.ldm.flux.math
@@ -19,6 +19,8 @@ from atlasvid.engine.grid import Grid
 from atlasvid.engine.memory import MemoryPlan
 from atlasvid.engine.run import SamplingRun
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from wan import plan_of, rand, small_wan
 
 LATENT, PROXY = (5, 36, 36), (2, 12, 12)
@@ -33,11 +35,47 @@ class AtOnce:
 
     def submit(self, job, *args):
         done = Future()
-        done.set_result(job(*args))
+        with Waits.of_a_worker():
+            done.set_result(job(*args))
         return done
 
     def shutdown(self, **_):
         pass
+
+
+class Waits(TorchDispatchMode):
+    """Notes operations for which the calling thread must wait until the card is done."""
+
+    in_worker = 0
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    @classmethod
+    @contextmanager
+    def of_a_worker(cls):
+        """What happens in here would be in another thread."""
+        cls.in_worker += 1
+        try:
+            yield
+        finally:
+            cls.in_worker -= 1
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        leaves = tree_leaves((args, kwargs, result))
+        devices = {x.device.type for x in leaves if isinstance(x, torch.Tensor) and x.ndim}
+        name = func.overloadpacket.__name__
+        copies = name in ("_to_copy", "copy_", "lift_fresh") and len(devices) > 1
+        blocking = copies and not (
+            kwargs.get("non_blocking") or (name == "copy_" and args[2:] == (True,))
+        )
+        reads = name in ("_local_scalar_dense", "nonzero") and "cuda" in devices
+        if (blocking or reads) and not self.in_worker:
+            self.found.append(str(func))
+        return result
 
 
 class NoMark:
@@ -58,13 +96,13 @@ def card(monkeypatch):
     """Replaces what asks the driver, and kernels that have no simulation."""
     monkeypatch.setattr(sparsity, "block_order", partial(order_on, sparsity.block_order))
     monkeypatch.setattr(host, "apply_rope", comfy.ldm.flux.math._apply_rope1)
-    monkeypatch.setattr(host, "free_memory", lambda device: 2**34)
+    monkeypatch.setattr(host, "free_memory", lambda *_: 2**34)
     monkeypatch.setattr(host, "Mark", NoMark)
     monkeypatch.setattr(tokens, "ThreadPoolExecutor", AtOnce)
     monkeypatch.setattr(
         host, "host_buffer", lambda shape, dtype, _: torch.empty(shape, dtype=dtype)
     )
-    monkeypatch.setattr(host, "upload", lambda buffer, device: buffer.to(device))
+    monkeypatch.setattr(host, "upload", lambda buffer, device: buffer.to(device, non_blocking=True))
     monkeypatch.setattr(host, "raise_if_cancelled", lambda: None)
     monkeypatch.setattr(SamplingRun, "noise_like", lambda self, latent: torch.zeros_like(latent))
     stock = comfy.ldm.modules.attention.attention_pytorch
@@ -74,10 +112,10 @@ def card(monkeypatch):
 
 
 def order_on(block_order, size, device):
-    """The order of blocks depends on numbers: made of real ones, then moved."""
+    """The order of blocks depends on numbers: made of real ones, then moved (really: once)."""
     with unset_fake_temporarily():
         order = block_order(size, torch.device("cpu"))
-    return tuple(indices.to(device) for indices in order)
+    return tuple(indices.to(device, non_blocking=True) for indices in order)
 
 
 def on_card(model):
@@ -113,6 +151,15 @@ def test_a_forward_stays_on_its_devices(
     )  # fmt: skip
     memory = MemoryPlan(700, on_device, guide)
     monkeypatch.setattr(engine_forward, "plan_memory", lambda *_: memory)
+    block, blocks_seen, waits = engine_forward.DetailForward._block, [], Waits()
+
+    def watched(self, *args):
+        blocks_seen.append(self)
+        first_of_its_windows = len(blocks_seen) <= 2  # geometry is made and moved once
+        with nullcontext() if first_of_its_windows else waits:
+            block(self, *args)
+
+    monkeypatch.setattr(engine_forward.DetailForward, "_block", watched)
     run = SamplingRun(seed=0)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model = wan.model.diffusion_model
@@ -135,6 +182,8 @@ def test_a_forward_stays_on_its_devices(
             assert out.device == CARD
             assert out.dtype == torch.bfloat16
             assert out.shape == (2, 16, *LATENT)
+    assert len(blocks_seen) == 4
+    assert not waits.found, "the card runs dry while the computer waits for it"
     assert len(run.guide_keys) == int(guide_noise == "clean" and guide != "recompute")
     for pairs in run.guide_keys.values():
         places = {tensor.device.type for pair in pairs for tensor in pair}

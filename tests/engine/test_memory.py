@@ -1,4 +1,10 @@
+import comfy.ldm.flux.math
 import pytest
+import torch
+from atlasvid.engine import blocks, host
+from atlasvid.engine.block_task import BlockTask
+from atlasvid.engine.chunks import ChunkSize
+from atlasvid.engine.grid import Grid
 from atlasvid.engine.memory import (
     CUDA_CHUNK,
     GIB,
@@ -8,6 +14,13 @@ from atlasvid.engine.memory import (
     plan_memory,
     wanted_bytes,
 )
+from atlasvid.engine.rope import RopeAxes
+from atlasvid.engine.shifted import ShiftedAttention
+from atlasvid.engine.tokens import DeviceTokens
+from atlasvid.engine.windows import COMPACT, GuideAlignment, ShiftedWindows
+from memory_trace import MemoryTrace
+
+META = torch.device("meta")
 
 
 def wan_1_3b(**changes):
@@ -29,7 +42,7 @@ def wan_1_3b(**changes):
 def used(work, plan):
     """What a plan puts onto the device."""
     total = work.least_chunk_bytes + work.ring_bytes
-    total += (plan.chunk - MIN_CHUNK) * work.bytes_per_chunk_token
+    total += (plan.chunk - min(work.least_chunk, plan.chunk)) * work.bytes_per_chunk_token
     total += work.token_bytes if plan.tokens_on_device else 0
     return total + (work.guide_bytes if plan.guide == "device" else 0)
 
@@ -82,3 +95,73 @@ def test_budgets(text, size):
 def test_a_wrong_budget_is_refused(text):
     with pytest.raises(ValueError, match='write "auto" or a size such as "4 GB"'):
         parse_budget(text)
+
+
+def rounding_kernel(_, q, k, v, heads, **kwargs):
+    """What a kernel such as SageAttention allocates: 8-bit copies, values transposed, a result."""
+    copies = [torch.empty_like(x, dtype=torch.int8) for x in (q, k, v)], torch.empty_like(v)
+    assert copies
+    return torch.empty_like(q)
+
+
+def chunk_peak(dim, ffn_dim, window, chunk):
+    """Tokens of one chunk of a real block, and the most bytes that it holds at a time."""
+    with META:
+        wan = host.build_wan(dim=dim, ffn_dim=ffn_dim, num_heads=dim // 128, num_layers=1)
+    wan = wan.bfloat16()
+    grid, guide_grid = Grid(41, 60, 104), Grid(11, 30, 52)
+    alignment = GuideAlignment(grid, guide_grid, 4, window)
+    rope = RopeAxes(wan.rope_embedder, {})
+    attention = ShiftedAttention(ShiftedWindows(grid, window), alignment, rope)
+
+    def vectors(*shape):
+        return torch.empty((*shape, dim), dtype=torch.bfloat16, device=META)
+
+    task = BlockTask(
+        block=wan.blocks[0],
+        tokens=DeviceTokens(vectors(grid.count)),
+        grid=grid,
+        modulation=blocks.Modulation(tuple(vectors(1) for _ in range(6))),
+        text=blocks.Text(vectors(1, 512), None),
+        guide=(vectors(guide_grid.count), vectors(guide_grid.count)),
+        heads=wan.num_heads,
+        options={"optimized_attention_override": rounding_kernel},
+        chunk=ChunkSize(chunk),
+        device=META,
+    )
+    order = attention.order(0, META, META)
+    stop = task.chunk.stop(0, order.ends)
+    with torch.no_grad(), MemoryTrace() as trace:
+        for known in (task.tokens.values, *wan.parameters()):  # not counted when viewed later
+            known.zero_()
+        before = trace.live
+        attention.evaluate_windows(task, order, 0, stop)
+    return order.ends[stop - 1], trace.peak - before
+
+
+@pytest.fixture
+def on_meta(monkeypatch):
+    """Replaces what needs a real device."""
+    monkeypatch.setattr(host, "apply_rope", comfy.ldm.flux.math._apply_rope1)
+    monkeypatch.setattr(
+        host, "mark", lambda device: type("Mark", (), {"wait": lambda self: None})()
+    )
+
+
+@pytest.mark.parametrize(("dim", "ffn_dim"), [(1536, 8960), (3072, 14336), (5120, 13824)])
+@pytest.mark.parametrize("window", [COMPACT, Grid(21, 30, 52)], ids=["compact", "trained"])
+def test_a_chunk_takes_what_the_plan_says(on_meta, dim, ffn_dim, window):
+    keys = window.count * 9 // 8  # and some of the guide's
+    work = wan_1_3b(dim=dim, ffn_dim=ffn_dim, guide_tokens=0, window_keys=keys)
+    tokens, peak = chunk_peak(dim, ffn_dim, window, 65_536)
+    assert 0.6 < peak / (tokens * work.bytes_per_chunk_token) < 0.85
+    # The smallest chunk of all: one window, its feed-forward in parts of `least_chunk`.
+    tokens, peak = chunk_peak(dim, ffn_dim, window, work.least_chunk)
+    assert tokens <= max(window.count, work.least_chunk)
+    assert 0.5 < peak / work.least_chunk_bytes < 1
+
+
+def test_a_small_budget_still_feeds_the_feed_forward_well():
+    """Offloaded weights travel once per chunk."""
+    work = wan_1_3b(dim=5120, ffn_dim=13824, layers=40, window_keys=33_488)
+    assert plan_memory(work, 2 * GIB, 64 * GIB, CUDA_CHUNK).chunk > 30_000

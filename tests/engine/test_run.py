@@ -4,13 +4,16 @@ import ctypes
 import gc
 import weakref
 
+import comfy.memory_management
 import comfy.model_management
 import comfy.sample
 import comfy.sd
+import comfy_aimdo.model_vbar
 import pytest
 import torch
 from atlasvid.engine import forward as engine_forward
 from atlasvid.engine import guide, host, progress
+from atlasvid.engine.chunks import ChunkSize, in_chunks
 from atlasvid.engine.detail import apply_detail_branch
 from atlasvid.engine.grid import Grid
 from atlasvid.engine.run import SamplingRun
@@ -319,6 +322,45 @@ def test_a_size_that_ran_out_of_memory_is_not_tried_again(wan, monkeypatch):
     monkeypatch.setattr(host, "attention", scarce)
     sample(branch(wan), steps=3)
     assert 1 <= len(failures) <= 4, "halved until it fits, once for the run"
+
+
+def test_weights_that_give_way_count_as_free_memory(wan, monkeypatch):
+    """ComfyUI's dynamic VRAM keeps weights on the card until something else needs their place."""
+    weights = 2**60
+    monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", True)
+    monkeypatch.setattr(comfy_aimdo.model_vbar, "vbars_analyze", lambda *_: weights)
+    stock, shares = engine_forward.plan_memory, []
+
+    def seen(work, share, *args):
+        shares.append(share)
+        return stock(work, share, *args)
+
+    monkeypatch.setattr(engine_forward, "plan_memory", seen)
+    sample(branch(wan), steps=1)
+    assert shares
+    assert min(shares) >= weights // 2
+
+
+def test_a_single_item_out_of_memory_is_tried_once_more():
+    """What copies on their way held is free by then."""
+    tried = []
+
+    def compute(start, stop):
+        tried.append(start)
+        if tried.count(start) < 2:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+
+    in_chunks([10, 20], ChunkSize(10), compute)
+    assert tried == [0, 0, 1, 1]
+
+    def never(start, stop):
+        tried.append(start)
+        raise torch.cuda.OutOfMemoryError("out of memory")
+
+    tried.clear()
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        in_chunks([10, 20], ChunkSize(20), never)
+    assert tried == [0, 0, 0], "both, the first, the first again"
 
 
 def test_a_failed_copy_to_the_host_is_not_repaired_by_halving():
