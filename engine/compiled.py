@@ -39,8 +39,11 @@ class Compiled:
 
 
 def parts_of(choices: dict[str, Any] | None) -> blocks.Parts:
-    """The parts of a block, compiled with torch.compile's `choices` unless they are None."""
-    if choices is None:
+    """The parts of a block, compiled with torch.compile's `choices` unless they are None.
+
+    Not by `cudagraphs`, which wants one length and writes each result over the one before.
+    """
+    if choices is None or choices["backend"] == "cudagraphs":
         return blocks.Parts()
     if choices.get("dynamic") is None:  # chunks differ in length
         choices = {**choices, "dynamic": True}

@@ -14,7 +14,7 @@ from .forward import DetailForward, workload
 from .grid import Grid
 from .latents import require_proxy
 from .lora import GuideLora
-from .memory import AUTO, parse_budget, wanted_bytes
+from .memory import AUTO, parse_budget, room_to_ask_for
 from .plan import Plan
 from .run import KEY, open_run, run_of
 from .settings import GUIDE_NOISE, OVERLAPS, DetailSettings, require_choice
@@ -117,7 +117,7 @@ class DetailBranch:
         inner = patcher.model.diffusion_model
         itemsize = host.inference_itemsize(patcher)
         work = workload(settings, inner, noise_shape[0], itemsize, keep_guide=True)
-        wanted = wanted_bytes(work, 4 * math.prod(noise_shape))
+        wanted = room_to_ask_for(work, 4 * math.prod(noise_shape), host.beside_weights(patcher))
         if settings.budget is not None:
             wanted = min(wanted, settings.budget)
         return executor(patcher, host.noise_shape_for(patcher, wanted), *args, **kw)

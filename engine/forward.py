@@ -17,7 +17,7 @@ from torch import Tensor
 from . import blocks, host
 from .attention import override_for
 from .block_task import BlockTask, WindowAttention
-from .chunks import ChunkSize
+from .chunks import ChunkSize, in_chunks
 from .guide import GuideStream
 from .latents import require_shape
 from .memory import CPU_CHUNK, CUDA_CHUNK, MemoryPlan, Workload, plan_memory
@@ -84,7 +84,7 @@ class DetailForward:
         text = self._text(context, clip_fea)
         with ExitStack() as stack:
             tokens, whole = self._store(x, memory, stack)
-            self._embed(x, tokens)
+            self._embed(x, tokens, chunk)
             guide = None
             if self.settings.proxy is not None:
                 guide = GuideStream(
@@ -114,7 +114,7 @@ class DetailForward:
                     self._block(i, tokens, e0, text, keys, chunk)
                 if whole is not None:
                     self._patch(i, whole, x, e)
-            return self._head(tokens, e, x)
+            return self._head(tokens, e, x, chunk)
 
     def _set_options(self, x: Tensor) -> None:
         """What the stock forward tells other nodes' patches."""
@@ -133,8 +133,8 @@ class DetailForward:
         free = host.free_memory(x.device, self.run.model)
         if self.settings.budget is not None:
             free = min(free, self.settings.budget)
-        # Half of what is free: the allocator fragments, and other programs use the card too.
-        share = free if self.settings.budget is not None else free // 2
+        # Not all that is free: the allocator fragments, and other programs use the card too.
+        share = free if self.settings.budget is not None else free * 3 // 4
         most = CUDA_CHUNK if x.is_cuda else CPU_CHUNK
         return plan_memory(work, share, host.host_free_memory(), most)
 
@@ -167,37 +167,50 @@ class DetailForward:
         progress.begin_forward(0.0 if sigmas is None else float(sigmas.max()))
         return progress
 
-    def _frame(self, f: int, tokens: list[Tokens]) -> Tensor:
-        """Raster indices of one latent frame's tokens."""
-        area = self.plan.tokens.height * self.plan.tokens.width
-        return torch.arange(f * area, (f + 1) * area, device=tokens[0].index_device)
+    def _rows(self, f: int, top: int, bottom: int, tokens: list[Tokens]) -> Tensor:
+        """Raster indices of rows `top` to `bottom` of one latent frame's tokens."""
+        _, h, w = self.plan.tokens
+        first = (f * h + top) * w
+        return torch.arange(first, first + (bottom - top) * w, device=tokens[0].index_device)
 
-    def _embed(self, x: Tensor, tokens: list[Tokens]) -> None:
-        """Fill the tokens from the latent [B, C_in, T, H, W], frame by frame."""
-        for f in range(self.plan.tokens.frames):
-            frame = host.pad_to_patch(x[:, :, f : f + 1], self.plan.space.patch)
-            embedded = self.model.patch_embedding(frame.float()).to(x.dtype)
-            index = self._frame(f, tokens)
-            for store, values in zip(tokens, embedded.flatten(2).transpose(1, 2), strict=True):
-                store.write(index, values)
+    def _embed(self, x: Tensor, tokens: list[Tokens], chunk: ChunkSize) -> None:
+        """Fill the tokens from the latent [B, C_in, T, H, W], some rows of a frame at a time."""
+        patch = self.plan.space.patch
+        frames, h, w = self.plan.tokens
+        for f in range(frames):
+            frame = host.pad_to_patch(x[:, :, f : f + 1], patch)
+
+            def embed(top: int, bottom: int, f: int = f, frame: Tensor = frame) -> None:
+                rows = frame[..., top * patch[1] : bottom * patch[1], :]
+                embedded = self.model.patch_embedding(rows.float()).to(x.dtype)
+                index = self._rows(f, top, bottom, tokens)
+                for store, values in zip(tokens, embedded.flatten(2).transpose(1, 2), strict=True):
+                    store.write(index, values)
+
+            in_chunks(range(w, h * w + 1, w), chunk, embed)
         for store in tokens:
             store.settle()
 
-    def _head(self, tokens: list[Tokens], e: Tensor, x: Tensor) -> Tensor:
-        """The output latent [B, C_out, T, H, W], frame by frame."""
+    def _head(self, tokens: list[Tokens], e: Tensor, x: Tensor, chunk: ChunkSize) -> Tensor:
+        """The output latent [B, C_out, T, H, W], some rows of a frame at a time."""
         _, ph, pw = self.plan.space.patch
-        _, h, w = self.plan.tokens
+        frames, h, w = self.plan.tokens
         height, width = x.shape[-2:]
         channels = self.model.out_dim
         out = x.new_empty((len(x), channels, *x.shape[2:]))
-        for f in range(self.plan.tokens.frames):
-            index = self._frame(f, tokens)
-            for item, store in enumerate(tokens):
-                rows = e[item : item + 1, f : f + 1] if e.shape[1] > 1 else e[item : item + 1]
-                patch = self.model.head(store.read(index)[None], rows)
-                frame = patch.view(h, w, ph, pw, channels).permute(4, 0, 2, 1, 3)
-                frame = frame.reshape(channels, h * ph, w * pw)
-                out[item, :, f] = frame[:, :height, :width]
+        for f in range(frames):
+
+            def head(top: int, bottom: int, f: int = f) -> None:
+                index = self._rows(f, top, bottom, tokens)
+                for item, store in enumerate(tokens):
+                    rows = e[item : item + 1, f : f + 1] if e.shape[1] > 1 else e[item : item + 1]
+                    patch = self.model.head(store.read(index)[None], rows)
+                    patch = patch.view(bottom - top, w, ph, pw, channels).permute(4, 0, 2, 1, 3)
+                    patch = patch.reshape(channels, (bottom - top) * ph, w * pw)
+                    place = slice(top * ph, min(bottom * ph, height))
+                    out[item, :, f, place] = patch[:, : height - top * ph, :width]
+
+            in_chunks(range(w, h * w + 1, w), chunk, head)
         return out
 
     def _text(self, context: Tensor, clip_fea: Tensor | None) -> blocks.Text:

@@ -55,8 +55,8 @@ class GuideStream:
 
     @property
     def _key(self) -> tuple:
-        """What the keys and values depend on within a run."""
-        return (id(self.base), id(self.settings), *self.options.get("uuids", ()))
+        """What the keys and values depend on within a run: the branch, and the conditionings."""
+        return id(self.base), id(self.settings), tuple(self.options.get("uuids", ()))
 
     @property
     def is_kept(self) -> bool:
@@ -85,7 +85,7 @@ class GuideStream:
             if keep:
                 fresh.append((self._place(keys), self._place(values)))
                 if len(fresh) == len(self.model.blocks):  # only a whole stream is worth keeping
-                    self.run.guide_keys[key] = fresh
+                    self.run.keep_guide_keys(key, fresh)
             yield keys, values
             del keys, values  # before those of the next block are made
 

@@ -228,6 +228,12 @@ def free_memory(device: torch.device, model: Any = None) -> int:
     return int(ask(device))
 
 
+def beside_weights(model: Any) -> int:
+    """Bytes of its device that a model's weights leave when all of them are there."""
+    total = comfy.model_management.get_total_memory(model.load_device)
+    return int(total) - int(model.model_size())
+
+
 def release_pinned() -> None:
     """Give pinned host memory that is no longer used back to the system."""
     release = getattr(torch._C, "_host_emptyCache", None)
@@ -252,8 +258,13 @@ def host_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
         try:
             return torch.empty(shape, dtype=dtype, pin_memory=True)
         except RuntimeError:  # the system allows no more locked memory: slower, not wrong
-            logging.info("AtlasVid: no pinned memory left, copies will be slower")
+            _say_not_pinned()
     return torch.empty(shape, dtype=dtype)
+
+
+@cache
+def _say_not_pinned() -> None:
+    log.warning("AtlasVid: no pinned memory left, copies will be slower")
 
 
 @cache
@@ -337,12 +348,13 @@ def show_progress(text: str) -> None:
 
 
 def noise_shape_for(model: Any, wanted: int) -> list[int]:
-    """A noise shape for which the stock memory estimate comes to `wanted` bytes.
+    """A noise shape for which ComfyUI leaves `wanted` bytes free of weights.
 
-    The estimate is linear in the latent's area, for full-length activations that we do not have.
+    Its estimate is linear in the latent's area, for full-length activations that we do not have.
+    Weights of this model make room for one conditioning, those of other models for two.
     """
     probe = 2**20
-    per_area = model.model.memory_required([2, 1, probe]) / probe
+    per_area = model.model.memory_required([1, 1, probe]) / probe
     return [1, 1, max(1, int(wanted / per_area))]
 
 

@@ -143,12 +143,26 @@ def plan_memory(work: Workload, free: int, host_free: int, most_chunk: int) -> M
     return MemoryPlan(min(chunk, most_chunk), tokens_on_device, guide)
 
 
-def wanted_bytes(work: Workload, latent_bytes: int) -> int:
-    """Device memory that sampling uses well: everything on the device and a full chunk.
+def wanted_bytes(work: Workload, latent_bytes: int, tokens_on_device: bool = True) -> int:
+    """Device memory that sampling uses well beside the weights: the tokens and a full chunk.
+
+    Kept keys and values of the guide are not in it: they are worth no weight's place.
 
     Args:
         latent_bytes: one float32 latent of the target; a step of a stock sampler holds about eight.
     """
-    guide = work.guide_bytes if work.guide_tokens else 0
     chunk = work.least_chunk_bytes + CHUNK * work.bytes_per_chunk_token
-    return 8 * latent_bytes + work.token_bytes + work.ring_bytes + guide + chunk
+    tokens = work.token_bytes if tokens_on_device else 0
+    return 8 * latent_bytes + tokens + work.ring_bytes + chunk
+
+
+def room_to_ask_for(work: Workload, latent_bytes: int, beside_weights: int) -> int:
+    """Bytes to keep free of weights on a device with `beside_weights` bytes more than they take.
+
+    Where weights and tokens do not both fit, the tokens stream: their transfers overlap with
+    computing and are made once per block, those of weights with every chunk.
+    """
+    everything = wanted_bytes(work, latent_bytes)
+    if everything <= beside_weights:
+        return everything
+    return wanted_bytes(work, latent_bytes, tokens_on_device=False)

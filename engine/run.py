@@ -50,6 +50,17 @@ class SamplingRun:
             self._made[key] = make()
         return self._made[key]
 
+    def keep_guide_keys(self, key: tuple, keys: list[tuple[Tensor, Tensor]]) -> None:
+        """Keep keys and values per block, in place of those of the same conditionings.
+
+        ComfyUI may evaluate two conditionings together in one step and one by one in the next.
+        """
+        (*branch, together) = key
+        for old in list(self.guide_keys):
+            if [*old[:-1]] == branch and set(old[-1]) & set(together):
+                del self.guide_keys[old]
+        self.guide_keys[key] = keys
+
     def progress(self, schedule: tuple[float, ...], blocks: int, tokens: int) -> RunProgress:
         """The run's one progress report."""
         if self._progress is None:

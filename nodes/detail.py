@@ -114,9 +114,9 @@ class AtlasVidHierarchicalAttention(io.ComfyNode):
                     "full attention runs, which is slow at large sizes.",
                 ),
                 memory_budget_input(
-                    "Card memory that sampling may use beside the weights. auto: half of what is "
-                    "free. With less, work is done in smaller pieces and, if need be, tokens "
-                    "stream from the computer's memory: slower, same result."
+                    "Card memory that sampling may use beside the weights. auto: three quarters of "
+                    "what is free. With less, work is done in smaller pieces and, if need be, "
+                    "tokens stream from the computer's memory: slower, same result."
                 ),
                 io.Combo.Input(
                     "attention",

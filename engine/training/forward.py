@@ -90,17 +90,18 @@ class TrainedDetail(DetailForward):
     ) -> Tensor:
         with torch.no_grad():
             tokens = [DeviceTokens(item) for item in self._empty(x)]
-            self._embed(x, list(tokens))
+            memory = self._plan_memory(x)
+            chunk = ChunkSize(memory.chunk)
+            self._embed(x, list(tokens), chunk)
             e, e0 = host.time_embedding(self.model, timestep, x.dtype)
             text = self._text(context, clip_fea)
-            memory = self._plan_memory(x)
         guide = TrainedGuide(
             self.guide_model,
             self.settings,
             self.run,
             self.options,
             memory,
-            ChunkSize(memory.chunk),
+            chunk,
             x,
             timestep,
             text,
@@ -110,7 +111,7 @@ class TrainedDetail(DetailForward):
             for b, item in enumerate(tokens):
                 new = self._item(i, block, item.values, e0[b], text.of(b), keys[b], values[b])
                 tokens[b] = DeviceTokens(new)
-        return self._head(list(tokens), e, x)
+        return self._head(list(tokens), e, x, chunk)
 
     def _empty(self, x: Tensor) -> Tensor:
         """Room for the target's tokens [B, F * h * w, C]."""
