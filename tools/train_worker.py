@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ def main() -> int:
     accelerator = one_of_many(options)
     load_comfyui(Path(os.environ["COMFYUI_PATH"]), *(["--cpu"] if options.cpu else []))
     load_pack()
+    from comfy.model_management import InterruptProcessingException, interrupt_current_processing
+
+    # Ctrl+C as ComfyUI's own button: it never stops in the middle of an update of the weights.
+    signal.signal(signal.SIGINT, lambda *_: interrupt_current_processing())
     first = accelerator is None or accelerator.is_main_process
     show_log(first)
     try:
@@ -27,7 +32,7 @@ def main() -> int:
     except (ValueError, RuntimeError, FileNotFoundError) as error:
         print(f"[atlasvid] stopped: {error}", file=sys.stderr, flush=True)
         return 1
-    except KeyboardInterrupt:
+    except InterruptProcessingException:
         print("[atlasvid] stopped; the next run goes on from here", file=sys.stderr, flush=True)
         return 130
     return 0
