@@ -249,14 +249,9 @@ class GuideLora:
         """Changes by layer of a WanModel; what does not match is counted in a warning.
 
         Raises:
-            ValueError: no layer matches, the base has another shape, or the file is a proxy LoRA.
+            ValueError: no layer matches, or the base has another shape.
         """
         file, recipe = self.file, self.file.recipe
-        if recipe and recipe.stage != "guide":
-            raise ValueError(
-                f"{file.name} was trained for the {recipe.stage}, not for the guide. Load it with "
-                "LoraLoaderModelOnly on the model that samples the proxy."
-            )
         if recipe and recipe.base != BaseShape.of(model):
             raise ValueError(
                 f"{file.name} was trained on a Wan of {recipe.base}; this model has "
@@ -320,4 +315,10 @@ def load_guide_lora(path: str | Path, strength: float) -> GuideLora:
     Raises:
         ValueError: see `read_lora`; or the file says that it is a proxy LoRA.
     """
-    return GuideLora(read_lora(path), strength)
+    file = read_lora(path)
+    if file.recipe and file.recipe.stage != "guide":
+        raise ValueError(
+            f"{file.name} was trained for the {file.recipe.stage}, not for the guide. Load it with "
+            "LoraLoaderModelOnly on the model that samples the proxy."
+        )
+    return GuideLora(file, strength)

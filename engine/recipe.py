@@ -77,7 +77,7 @@ class Recipe:
             window = fields.pop("window")
             base = BaseShape(**fields.pop("base"))
             return cls(window=Grid(*window) if window else None, base=base, **fields)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"The LoRA's AtlasVid metadata cannot be read ({error}). It was written by another "
                 "version of the pack; update the pack."

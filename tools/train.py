@@ -58,7 +58,6 @@ def arguments() -> argparse.ArgumentParser:
         ("targets", str, "attention and feed-forward", "layers: this, attention, self-attention"),
         ("optimizer", str, "AdamW", "AdamW or Prodigy"),
         ("learning-rate", float, 0.0, "0: 0.0001 for AdamW, 1 for Prodigy"),
-        ("window", str, "compact", "windows of stage guide: compact or 'trained size'"),
         ("shift", float, 5.0, "of the noise levels"),
         ("sigma-min", float, 0.0, "lowest noise level"),
         ("sigma-max", float, 1.0, "highest noise level"),
@@ -70,13 +69,29 @@ def arguments() -> argparse.ArgumentParser:
         ("seed", int, 0, "of everything random"),
     ):
         run.add_argument(f"--{name}", type=kind, default=default, help=f"{text} ({default})")
+    run.add_argument(
+        "--window",
+        choices=("compact", "trained size"),
+        default="compact",
+        help="windows of stage guide (compact)",
+    )
     run.add_argument("--restart", action="store_true", help="forget a stopped run of this name")
 
     place = parser.add_argument_group("machine and folders")
     place.add_argument("--cards", type=int, default=1, help="processes, one per card (1)")
     place.add_argument("--cpu", action="store_true", help="even where there is a card")
-    place.add_argument("--output", type=Path, metavar="FOLDER", help="where the LoRA goes")
-    place.add_argument("--work", type=Path, metavar="FOLDER", help="for latents and checkpoints")
+    place.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="where the LoRA goes (your ComfyUI's loras folder, else as --work)",
+    )
+    place.add_argument(
+        "--work",
+        type=Path,
+        metavar="FOLDER",
+        help=f"for latents and checkpoints ({cache_folder() / 'training'})",
+    )
     place.add_argument("--comfyui", type=Path, metavar="PATH", help="use this ComfyUI")
     place.add_argument("--python", type=Path, metavar="PATH", help="the Python that it runs with")
     return parser

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,16 +21,31 @@ def main() -> int:
     accelerator = one_of_many(options)
     load_comfyui(Path(os.environ["COMFYUI_PATH"]), *(["--cpu"] if options.cpu else []))
     load_pack()
+    from comfy.model_management import InterruptProcessingException, interrupt_current_processing
+
+    # Ctrl+C as ComfyUI's own button: it never stops in the middle of an update of the weights.
+    signal.signal(signal.SIGINT, lambda *_: interrupt_current_processing())
     first = accelerator is None or accelerator.is_main_process
+    show_log(first)
     try:
         run(options, accelerator, first)
     except (ValueError, RuntimeError, FileNotFoundError) as error:
         print(f"[atlasvid] stopped: {error}", file=sys.stderr, flush=True)
         return 1
-    except KeyboardInterrupt:
+    except InterruptProcessingException:
         print("[atlasvid] stopped; the next run goes on from here", file=sys.stderr, flush=True)
         return 130
     return 0
+
+
+def show_log(first: bool) -> None:
+    """The pack's log on the terminal: what was skipped, and warnings; once for all processes."""
+    log = logging.getLogger("atlasvid")
+    log.setLevel(logging.INFO if first else logging.ERROR)
+    log.propagate = False
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("[atlasvid] %(message)s"))
+    log.addHandler(handler)
 
 
 def one_of_many(options: Any) -> Any:
@@ -95,7 +112,7 @@ def run(options: Any, accelerator: Any, first: bool) -> None:
             say(f"step {step}/{options.steps}, loss {sum(recent) / len(recent):.4f}")
 
     say(plan.describe())
-    result, dataset = train(
+    result, _ = train(
         Job(options.output, options.work, options.name or f"atlasvid_{options.stage}"),
         model,
         text_encoder,
@@ -109,8 +126,6 @@ def run(options: Any, accelerator: Any, first: bool) -> None:
         on_clip=on_clip,
         on_step=on_step,
     )
-    for line in dataset.report().splitlines():
-        say(line)
     if result.resumed_at:
         say(f"resumed after step {result.resumed_at}")
     say(f"finished: {result.path}, curve {result.curve}")
@@ -123,7 +138,26 @@ def load_models(options: Any) -> tuple[Any, Any, Any]:
 
     if options.tiny:
         return tiny_models(options.seed)
-    return host.load_wan_files(options.model, options.text_encoder, options.vae)
+    files = options.model, options.text_encoder, options.vae
+    for file in files:
+        require_whole(file)
+    model, text_encoder, vae = host.load_wan_files(*files)
+    if vae.first_stage_model is None:
+        raise ValueError(f"{options.vae} is no VAE. Name Wan's: --vae wan_2.1_vae.safetensors")
+    return model, text_encoder, vae
+
+
+def require_whole(file: Path) -> None:
+    """Raises ValueError for a safetensors file that is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} is damaged, or no safetensors file ({error}). Download it again."
+        ) from error
 
 
 if __name__ == "__main__":

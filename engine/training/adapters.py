@@ -63,13 +63,14 @@ def build_adapters(
 
     The first factor is random, the second 0, so training starts from the base model.
 
+    Args:
+        targets: a key of TARGETS.
+
     Raises:
-        ValueError: unknown targets, or a rank that is no rank of these layers.
+        ValueError: a rank that is no rank of these layers.
         RuntimeError: peft is not installed.
     """
     peft = _peft()
-    if targets not in TARGETS:
-        raise ValueError(f"targets is {targets!r}; allowed are {', '.join(TARGETS)}.")
     require_rank(model, rank)
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS[targets])  # type: ignore[arg-type]
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}

@@ -21,6 +21,8 @@ from .files import save_tensors
 
 KEY = "atlasvid_sample"
 CUTS_PER_CLIP = 4
+TEXT_WIDTH = 4096
+"""Of a word's embedding, as UMT5 makes it and every Wan takes it."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,10 @@ class LatentCache:
         """Encode what is not there yet.
 
         Raises:
-            ValueError: no clip can be used; the message lists why.
+            ValueError: no clip can be used, the message lists why; or VAE or text encoder belong to
+                another model.
         """
+        empty_text = self._empty_text()
         files: list[Path] = []
         skipped: list[str] = []
         for done, clip in enumerate(clips):
@@ -108,7 +112,7 @@ class LatentCache:
         if not files:
             reasons = "\n".join(skipped[:20])
             raise ValueError(f"None of the {len(clips)} clips can be used:\n{reasons}")
-        return Dataset(tuple(files), self._empty_text(), tuple(skipped))
+        return Dataset(tuple(files), empty_text, tuple(skipped))
 
     def sample_file(self, clip: Clip, start: float) -> Path:
         """The file of one cut, made where it is missing, damaged or of something else.
@@ -138,7 +142,7 @@ class LatentCache:
         else:
             proxy = read_cut(clip, start, plan.proxy_frames, plan.proxy_fps, *size)
         tensors["guide"] = self._latent(proxy, plan.proxy_latent)
-        tensors["text"] = host.encode_text(self.text_encoder, clip.caption)
+        tensors["text"] = self._text(clip.caption)
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     def _latent(self, frames: Tensor, expected: Grid) -> Tensor:
@@ -155,9 +159,18 @@ class LatentCache:
         facts = {"text encoder": self.made_from["text encoder"], "caption": ""}
         path = self._path(facts)
         if not _header_is(path, facts):
-            text = host.encode_text(self.text_encoder, "").contiguous()
-            save_tensors(path, {"text": text}, {KEY: json.dumps(facts)})
+            save_tensors(path, {"text": self._text("").contiguous()}, {KEY: json.dumps(facts)})
         return path
+
+    def _text(self, caption: str) -> Tensor:
+        """[1, L, C]"""
+        text = host.encode_text(self.text_encoder, caption)
+        if text.shape[-1] != TEXT_WIDTH:
+            raise ValueError(
+                f"The text encoder makes {text.shape[-1]} numbers per word, Wan takes "
+                f"{TEXT_WIDTH}. Use the one that belongs to it: UMT5-XXL, loaded with the type wan."
+            )
+        return text
 
     def _path(self, facts: dict) -> Path:
         name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]

@@ -179,7 +179,7 @@ def _opened(clip: Clip) -> Any:
     try:
         container = av.open(clip.source)
     except (FFmpegError, OSError) as error:
-        raise Unusable(f"unreadable ({error})") from error
+        raise Unusable(f"unreadable ({error.strerror or error})") from error
     if not container.streams.video:
         container.close()
         raise Unusable("it holds no video")
@@ -201,7 +201,7 @@ def _decoded(container: Any, start: float) -> Iterator[tuple[float, Any]]:
         for frame in container.decode(stream):
             yield (frame.time or 0.0) - begin, frame
     except (FFmpegError, OSError) as error:
-        raise Unusable(f"unreadable ({error})") from error
+        raise Unusable(f"unreadable ({error.strerror or error})") from error
 
 
 def _frames_at(clip: Clip, container: Any, start: float, fps: float) -> Iterator[Any]:
@@ -220,19 +220,19 @@ def _frames_at(clip: Clip, container: Any, start: float, fps: float) -> Iterator
 
 
 def fitted(frame: Any, width: int, height: int) -> Tensor:
-    """A decoded frame cut and scaled to a size: uint8 [height, width, 3].
+    """A decoded frame turned upright, cut and scaled to a size: uint8 [height, width, 3].
 
     Raises:
         Unusable: the frame is smaller than that.
     """
-    if frame.width < width or frame.height < height:
-        raise Unusable(
-            f"too small: {frame.width} x {frame.height}, and {width} x {height} is needed"
-        )
     pixels = torch.from_numpy(frame.to_ndarray(format="rgb24"))
-    scale = min(frame.width / width, frame.height / height)
+    pixels = pixels.rot90(round(frame.rotation / 90))  # phones store upright clips lying
+    given_h, given_w = pixels.shape[:2]
+    if given_w < width or given_h < height:
+        raise Unusable(f"too small: {given_w} x {given_h}, and {width} x {height} is needed")
+    scale = min(given_w / width, given_h / height)
     cut_w, cut_h = round(width * scale), round(height * scale)
-    left, top = (frame.width - cut_w) // 2, (frame.height - cut_h) // 2
+    left, top = (given_w - cut_w) // 2, (given_h - cut_h) // 2
     return resized(pixels[None, top : top + cut_h, left : left + cut_w], width, height)[0]
 
 

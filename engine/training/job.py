@@ -12,6 +12,7 @@ from .. import host
 from ..plan import Plan
 from .cache import CUTS_PER_CLIP, Dataset, LatentCache
 from .clips import Clip
+from .files import require_writable
 from .trainer import ONE_CARD, Cards, Trainer, TrainResult, TrainSettings, require_trainable
 
 
@@ -99,6 +100,8 @@ def train(
     """
     job.require_own_name()
     require_trainable(model, plan, settings)
+    for folder in (job.loras, job.run_folder, job.cache_folder):
+        require_writable(folder)
     cache = LatentCache(job.cache_folder, plan, settings.stage, vae, text_encoder)
     if cards.index:  # the first process encodes, the others find it done
         cards.wait()

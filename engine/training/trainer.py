@@ -16,7 +16,7 @@ from ..grid import Grid
 from ..plan import Plan
 from ..recipe import STAGES, BaseShape, Recipe, pack_version
 from ..settings import DetailSettings
-from .adapters import build_adapters, require_rank
+from .adapters import TARGETS, build_adapters, require_rank
 from .cache import Dataset, Sample
 from .curve import save_losses
 from .files import save_tensors
@@ -62,6 +62,7 @@ class TrainSettings:
             ("stage", STAGES),
             ("optimizer", OPTIMIZERS),
             ("precision", tuple(PRECISIONS)),
+            ("targets", tuple(TARGETS)),
         ):
             if getattr(self, name) not in allowed:
                 value = getattr(self, name)
@@ -397,7 +398,6 @@ class Trainer:
         Raises:
             RuntimeError: one cannot be written; the one before it stays whole.
         """
-        self.cards.wait()
         if self.cards.index:
             return
         TrainingState(
@@ -418,7 +418,6 @@ class Trainer:
     def save_quietly(self, dataset: Dataset) -> None:
         """`save` while another error is on its way, which must not be hidden."""
         try:
-            if self.cards.count == 1:  # waiting for a process that failed would never end
-                self.save(dataset)
+            self.save(dataset)
         except RuntimeError as error:
             host.log.warning("%s", error)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -185,25 +186,38 @@ def test_bad_input_is_named(server: Server, tmp_path: Path, harm: str, message: 
 # --- The command ----------------------------------------------------------------------------
 
 
-def command(clips: Path, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def command_line(clips: Path, out: Path, *options: str) -> list[str]:
     """tools/train.py as a newcomer runs it, with the ComfyUI under test as their own."""
     line = [sys.executable, str(ROOT / "tools" / "train.py"), "guide", "--clips", str(clips)]
     line += ["--python", sys.executable, "--output", str(out), "--work", str(out / "work")]
     line += ["--width", "128", "--height", "128", "--seconds", "1", "--proxy-short-side", "128"]
-    line += ["--rank", "4", "--precision", "fp32", "--cpu", *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return [*line, "--rank", "4", "--precision", "fp32", "--cpu", *options]
+
+
+def command(clips: Path, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    line, environment = command_line(clips, out, *options), {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
 
 
-def test_the_command_trains_and_resumes(clips: Path, tmp_path: Path) -> None:
-    done = command(clips, tmp_path, "--tiny", "--steps", "2")
-    assert done.returncode == 0, done.stderr
+def test_the_command_trains_stops_and_resumes(clips: Path, tmp_path: Path) -> None:
+    line, printed = command_line(clips, tmp_path, "--tiny", "--steps", "100000"), ""
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True, start_new_session=True) as run:
+        assert run.stdout is not None
+        for news in run.stdout:
+            printed += news
+            if "step 10/" in news:
+                os.killpg(run.pid, signal.SIGINT)  # Ctrl+C, as a terminal sends it
+        assert run.wait(30) == 130
+    skipped = printed.index("2 samples, 0 clips or cuts skipped")
+    assert skipped < printed.index("step 10/"), "before hours of training"
     file = tmp_path / "atlasvid_guide.safetensors"
-    assert f"finished: {file}" in done.stdout
-    assert "2 samples, 0 clips or cuts skipped" in done.stdout
-    again = command(clips, tmp_path, "--tiny", "--steps", "3")
+    assert file.is_file()
+    done = len(load_file(tmp_path / "work" / "atlasvid_guide" / "state.safetensors")["losses"])
+    assert 10 <= done < 100_000
+    again = command(clips, tmp_path, "--tiny", "--steps", str(done + 1))
     assert again.returncode == 0, again.stderr
-    assert "resumed after step 2" in again.stdout
+    assert f"resumed after step {done}" in again.stdout
+    assert f"finished: {file}" in again.stdout
 
 
 def test_two_processes_learn_what_one_learns_that_accumulates_two(
@@ -227,10 +241,19 @@ def test_the_command_takes_model_files(clips: Path, tmp_path: Path) -> None:
     assert "there is no file" in missing.stdout
     unnamed = command(clips, tmp_path)
     assert "--model FILE is missing (or try --tiny)" in unnamed.stdout
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(b"half of it")
+    files = [f"--{kind}={damaged}" for kind in ("model", "text-encoder", "vae")]
+    stopped = command(clips, tmp_path, *files)
+    assert f"stopped: {damaged} is damaged, or no safetensors file" in stopped.stderr
 
 
-def test_the_command_names_bad_input(tmp_path: Path) -> None:
-    done = command(tmp_path, tmp_path, "--tiny")
-    assert done.returncode == 1
-    assert "stopped: There is no video in" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_the_command_names_bad_input(clips: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    for done, message in (
+        (command(tmp_path, tmp_path, "--tiny"), "There is no video in"),
+        (command(clips, tmp_path / "file", "--tiny"), "file cannot be written"),
+    ):
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr

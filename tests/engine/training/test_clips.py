@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import struct
 
 import av
 import numpy as np
@@ -58,6 +59,20 @@ def test_frames_are_cut_around_the_centre_and_scaled_down(tmp_path):
     full = torch.from_numpy(picture(0.0, 512, 256).astype(np.float32))[:, 128:384]
     wanted = full.unflatten(0, (128, 2)).unflatten(2, (128, 2)).mean((1, 3))
     assert (frame - wanted).abs().mean() < 3
+
+
+def test_a_clip_stored_lying_is_turned_upright(tmp_path):
+    """As phones do: the file's track says that players turn it clockwise."""
+    path = render(tmp_path / "phone.mp4", 3, width=256, height=128)
+    content = bytearray(path.read_bytes())
+    matrix = content.index(b"tkhd") + 44
+    content[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+    path.write_bytes(content)
+    frame = read_cut(clip_of(path), 0.0, 1, 16, 128, 256)[0].float()
+    wanted = np.rot90(picture(0.0, 256, 128), -1).astype(np.float32)
+    assert (frame - torch.from_numpy(wanted.copy())).abs().mean() < 3
+    with pytest.raises(Unusable, match="too small: 128 x 256, and 256 x 128"):
+        read_cut(clip_of(path), 0.0, 1, 16, 256, 128)
 
 
 def test_cuts_follow_one_another(tmp_path):
@@ -242,3 +257,14 @@ def test_a_vae_of_another_model_is_refused(tmp_path, models):
     plan = plan_of((5, 12, 12), (2, 6, 6), space=replace(WAN21, channels=48))
     with pytest.raises(ValueError, match="Connect the VAE that belongs to the model"):
         build(tmp_path / "cache", plan, models, "guide", tmp_path)
+
+
+def test_a_text_encoder_of_another_model_is_refused(tmp_path, models, plan):
+    class Narrow(tiny.TinyTextEncoder):
+        def encode_from_tokens_scheduled(self, tokens, **_):
+            (embedding, rest), *_ = super().encode_from_tokens_scheduled(tokens)
+            return [[embedding[..., :768], rest]]
+
+    render(tmp_path / "a.mp4", 20)
+    with pytest.raises(ValueError, match=r"makes 768 numbers per word, Wan takes 4096.*UMT5"):
+        build(tmp_path / "cache", plan, (models[0], Narrow(), models[2]), "guide", tmp_path)
