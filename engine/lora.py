@@ -179,10 +179,23 @@ def pairs_of(
 
 
 def default_alpha(path: Path, metadata: Mapping[str, str]) -> float | None:
-    """Alpha as peft and diffusers keep it: beside the file, or in its header."""
+    """Alpha as peft and diffusers keep it: beside the file, or in its header.
+
+    Rank-stabilised LoRAs are scaled by alpha / sqrt(rank) (arXiv 2312.03732).
+
+    Raises:
+        ValueError: layers have scales of their own.
+    """
     config = path.with_name("adapter_config.json")
     if path.name == "adapter_model.safetensors" and config.is_file():
-        return float(json.loads(config.read_text("utf-8"))["lora_alpha"])
+        saved = json.loads(config.read_text("utf-8"))
+        alpha = float(saved["lora_alpha"])
+        if saved.get("alpha_pattern") or (saved.get("use_rslora") and saved.get("rank_pattern")):
+            raise ValueError(
+                f"{config.name} gives layers scales of their own, which are not read. Save it "
+                "with one alpha and rank for all layers."
+            )
+        return alpha * saved["r"] ** 0.5 if saved.get("use_rslora") else alpha
     if "lora_adapter_metadata" in metadata:
         saved = json.loads(metadata["lora_adapter_metadata"])
         found = [value for key, value in saved.items() if key.split(".")[-1] == "lora_alpha"]

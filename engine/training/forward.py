@@ -29,8 +29,8 @@ from ..shifted import ShiftedAttention
 from ..tokens import DeviceTokens
 
 recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-CHUNK_TOKENS = {"cuda": 8_192, "cpu": 2_048}
-"""Target tokens whose activations are alive at a time."""
+CUDA_CHUNK, CPU_CHUNK = 8_192, 2_048
+"""Past these sizes a larger chunk gains no speed."""
 
 
 def proxy_forward(view: Any, plan: Plan, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
@@ -67,6 +67,7 @@ def guide_forward(
     x: Tensor,
     timestep: Tensor,
     context: Tensor,
+    chunk: ChunkSize,
 ) -> Tensor:
     """The detail branch on x [B, C, T, H, W] -> [B, C, T, H, W].
 
@@ -74,25 +75,25 @@ def guide_forward(
         model: the frozen view that target tokens pass.
         guide_model: the view with adapters that guide tokens pass.
         settings: plan, window, guide noise and the clip's own proxy.
+        chunk: target tokens whose activations are alive at a time.
     """
-    return TrainedDetail(model, guide_model, settings)(x, timestep, context, None)
+    return TrainedDetail(model, guide_model, settings, chunk)(x, timestep, context, None)
 
 
 class TrainedDetail(DetailForward):
     """The detail branch of inference with nothing of the whole target written in place."""
 
-    def __init__(self, model: Any, guide_model: Any, settings: DetailSettings):
+    def __init__(self, model: Any, guide_model: Any, settings: DetailSettings, chunk: ChunkSize):
         super().__init__(model, settings, SamplingRun(seed=0), training_options())
         self.guide_model = guide_model
+        self.chunk = chunk
 
     def __call__(
         self, x: Tensor, timestep: Tensor, context: Tensor, clip_fea: Tensor | None
     ) -> Tensor:
         with torch.no_grad():
             tokens = [DeviceTokens(item) for item in self._empty(x)]
-            memory = self._plan_memory(x)
-            chunk = ChunkSize(memory.chunk)
-            self._embed(x, list(tokens), chunk)
+            self._embed(x, list(tokens), self.chunk)
             e, e0 = host.time_embedding(self.model, timestep, x.dtype)
             text = self._text(context, clip_fea)
         guide = TrainedGuide(
@@ -100,8 +101,8 @@ class TrainedDetail(DetailForward):
             self.settings,
             self.run,
             self.options,
-            memory,
-            chunk,
+            self._plan_memory(x),
+            self.chunk,
             x,
             timestep,
             text,
@@ -111,7 +112,7 @@ class TrainedDetail(DetailForward):
             for b, item in enumerate(tokens):
                 new = self._item(i, block, item.values, e0[b], text.of(b), keys[b], values[b])
                 tokens[b] = DeviceTokens(new)
-        return self._head(list(tokens), e, x, chunk)
+        return self._head(list(tokens), e, x, self.chunk)
 
     def _empty(self, x: Tensor) -> Tensor:
         """Room for the target's tokens [B, F * h * w, C]."""
@@ -134,10 +135,9 @@ class TrainedDetail(DetailForward):
         order = attention.order(index, tokens.device, tokens.device)
         in_order = tokens[order.tokens]
         modulation = blocks.Modulation.of(block, e0)
-        chunk = ChunkSize(CHUNK_TOKENS.get(tokens.device.type, CHUNK_TOKENS["cuda"]))
         results, start = [], 0
         while start < len(order.ends):
-            stop = chunk.stop(start, order.ends)
+            stop = self.chunk.stop(start, order.ends)
 
             def compute(
                 x: Tensor, keys: Tensor, values: Tensor, start: int = start, stop: int = stop
@@ -151,7 +151,7 @@ class TrainedDetail(DetailForward):
                     (keys, values),
                     self.model.num_heads,
                     self.options,
-                    chunk,
+                    self.chunk,
                     x.device,
                 )
                 attention.evaluate_windows(task, order, start, stop)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import host
+from ..chunks import ChunkSize
 from ..grid import Grid
 from ..plan import Plan
 from ..recipe import STAGES, BaseShape, Recipe, pack_version
@@ -20,7 +21,7 @@ from .adapters import TARGETS, build_adapters, require_rank
 from .cache import Dataset, Sample
 from .curve import save_losses
 from .files import save_tensors
-from .forward import guide_forward, proxy_forward
+from .forward import CPU_CHUNK, CUDA_CHUNK, guide_forward, proxy_forward
 from .frozen import frozen_view
 from .objective import NoiseLevels, flow_loss, noised, sample_order, step_generator
 from .state import TrainingState
@@ -191,6 +192,7 @@ class Trainer:
         self.base = BaseShape.of(wan)
         self.patcher = host.load_for_training(model, self.dtype, self.activation_bytes(wan))
         self.device = host.load_device(self.patcher)
+        self.chunk = ChunkSize(CPU_CHUNK if self.device.type == "cpu" else CUDA_CHUNK)
         self.wan = self.patcher.model.diffusion_model
         with torch.inference_mode(False):
             self.adapters = build_adapters(
@@ -214,7 +216,7 @@ class Trainer:
         tokens = self.plan.proxy_tokens.count
         chunk = tokens
         if self.settings.stage == "guide":
-            tokens, chunk = tokens + self.plan.tokens.count, max(tokens, 8_192)
+            tokens, chunk = tokens + self.plan.tokens.count, max(tokens, CUDA_CHUNK)
         return (len(wan.blocks) + 8) * tokens * width + 60 * chunk * width
 
     # --- One step ---------------------------------------------------------------------------
@@ -234,6 +236,7 @@ class Trainer:
             ValueError: the saved state is of another run, or the loss is not finite.
             RuntimeError: a file cannot be written; the last one written stays.
         """
+        host.empty_cache()  # a run that failed before may have left hooks of autograd behind
         with torch.inference_mode(False):  # what is made in it could not be trained on
             resumed_at = self.resume(dataset) if resume else 0
             self._run(dataset, on_step)
@@ -264,14 +267,10 @@ class Trainer:
 
         Raises:
             ValueError: the loss or a gradient is not finite. Nothing was changed.
+            RuntimeError: out of memory. Nothing was changed.
         """
         settings, weights = self.settings, self.adapters.parameters()
-        self.optimizer.zero_grad(set_to_none=True)
-        total = 0.0
-        for part in range(settings.accumulate):
-            loss = self.loss(dataset, part) / settings.accumulate
-            loss.backward()
-            total += float(loss.detach())
+        total = self.gradients(dataset)
         for weight in weights:
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
@@ -287,6 +286,34 @@ class Trainer:
             )
         self.optimizer.step()
         return total
+
+    def gradients(self, dataset: Dataset) -> float:
+        """The loss of this step's samples, and its gradients; fewer windows at a time if need be.
+
+        Raises:
+            RuntimeError: out of memory with one window at a time, or in stage proxy.
+        """
+        while True:
+            self.optimizer.zero_grad(set_to_none=True)
+            total = 0.0
+            try:
+                for part in range(self.settings.accumulate):
+                    loss = self.loss(dataset, part) / self.settings.accumulate
+                    loss.backward()
+                    total += float(loss.detach())
+                return total
+            except Exception as error:
+                if not host.is_out_of_memory(error):
+                    raise
+            # Outside the handler, whose traceback keeps tensors and autograd's hooks alive.
+            host.empty_cache()
+            least = self.settings.window.count if self.settings.window else self.chunk.tokens
+            if self.chunk.tokens <= least:
+                raise RuntimeError(
+                    f"The memory ran out at step {self.step + 1}; the state before it is kept. "
+                    "Plan a smaller or shorter video to train on, or close other programs."
+                )
+            self.chunk.tokens = max(least, self.chunk.tokens // 2)
 
     def loss(self, dataset: Dataset, part: int) -> Tensor:
         """The flow-matching loss of one sample of this step."""
@@ -331,7 +358,7 @@ class Trainer:
             sigma_start=1.0,
             sigma_end=0.0,
         )
-        return guide_forward(self.frozen, self.adapters.view, detail, x, timestep, text)
+        return guide_forward(self.frozen, self.adapters.view, detail, x, timestep, text, self.chunk)
 
     # --- Files ------------------------------------------------------------------------------
 

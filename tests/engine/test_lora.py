@@ -169,6 +169,23 @@ def test_every_layout_of_keys_is_the_same_lora(wan, peft_folder, tmp_path, layou
         assert torch.equal(change.up, wanted[name].up)
 
 
+def test_rank_stabilised_loras_are_scaled_as_peft_does(wan, tmp_path):
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["q"], use_rslora=True)
+    model = get_peft_model(copy.deepcopy(wan.model.diffusion_model), config)
+    model.save_pretrained(tmp_path)
+    layer = model.base_model.model.blocks[0].self_attn.q
+    changes = read_lora(tmp_path / "adapter_model.safetensors").changes
+    assert layer.scaling["default"] == 3.0
+    assert {change.scale for change in changes.values()} == {3.0}
+
+
+def test_scales_of_single_layers_are_refused(wan, tmp_path):
+    config = LoraConfig(r=4, target_modules=["q"], alpha_pattern={"blocks.0.self_attn.q": 2})
+    get_peft_model(copy.deepcopy(wan.model.diffusion_model), config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"adapter_config.json gives layers scales of their own"):
+        read_lora(tmp_path / "adapter_model.safetensors")
+
+
 def test_strength_scales_the_change(wan, adapted, peft_folder):
     inputs = case()
     path = peft_folder / "adapter_model.safetensors"

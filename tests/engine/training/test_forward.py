@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from atlasvid.engine import host
+from atlasvid.engine.chunks import ChunkSize
 from atlasvid.engine.grid import Grid
 from atlasvid.engine.settings import DetailSettings
-from atlasvid.engine.training import forward as training_forward
 from atlasvid.engine.training.adapters import ADAPTER, build_adapters
 from atlasvid.engine.training.forward import guide_forward, proxy_forward
 from atlasvid.engine.training.frozen import frozen_view
@@ -92,10 +92,8 @@ CASES = [
 @pytest.mark.parametrize(("latent", "proxy_latent", "stride", "window", "batch", "chunk"), CASES)
 @pytest.mark.parametrize("guide_noise", ["clean", "matched"])
 def test_guide_gradients_equal_the_dense_reference(
-    wan, adapters, reference, monkeypatch, latent, proxy_latent, stride, window, batch, chunk,
-    guide_noise,
-):  # fmt: skip
-    monkeypatch.setitem(training_forward.CHUNK_TOKENS, "cpu", chunk)
+    wan, adapters, reference, latent, proxy_latent, stride, window, batch, chunk, guide_noise
+):
     x, context = rand(batch, 16, *latent, seed=1), rand(batch, 16, 4096, seed=2)
     t, target = torch.full((batch,), 600.0), rand(batch, 16, *latent, seed=3)
     proxy = rand(1, 16, *proxy_latent, seed=4)
@@ -104,7 +102,8 @@ def test_guide_gradients_equal_the_dense_reference(
         plan, Grid(*window).clipped(plan.tokens), "shifted", guide_noise, proxy, 1, 0
     )
     with host.training():
-        ours = guide_forward(frozen_view(wan), adapters.view, settings, x, t, context)
+        chunk = ChunkSize(chunk)
+        ours = guide_forward(frozen_view(wan), adapters.view, settings, x, t, context, chunk)
         mine = gradients(adapters, F.mse_loss(ours, target))
 
     guide, guide_t = proxy.expand(batch, -1, -1, -1, -1), torch.zeros(batch)
@@ -161,7 +160,8 @@ def test_weights_from_inference_mode_and_in_another_type(wan):
     for model in (stored, rounded):
         built = build_adapters(model, 4, 4.0, "attention", 0, CPU)
         with host.training():
-            out = guide_forward(frozen_view(model), built.view, settings, x, t, context)
+            chunk = ChunkSize(2048)
+            out = guide_forward(frozen_view(model), built.view, settings, x, t, context, chunk)
             results.append(gradients(built, out.square().mean()))
     same_gradients(*results)
 
@@ -182,9 +182,9 @@ def kept_bytes(wan, adapters, latent):
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     x = rand(1, 16, *latent)
     with host.training(), hooks:
-        guide_forward(
-            frozen_view(wan), adapters.view, settings, x, torch.tensor([500.0]), rand(1, 16, 4096)
-        )
+        t, context = torch.tensor([500.0]), rand(1, 16, 4096)
+        chunk = ChunkSize(2048)
+        guide_forward(frozen_view(wan), adapters.view, settings, x, t, context, chunk)
     return sum(size for _, size in kept.values())
 
 

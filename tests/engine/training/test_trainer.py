@@ -269,6 +269,30 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
     assert all(torch.isfinite(torch.tensor(state.losses)))
 
 
+def test_out_of_memory_trains_fewer_windows_at_a_time(data, tmp_path, monkeypatch):
+    chosen = settings(window=Grid(2, 2, 2))
+    expected = trainer(tmp_path / "enough", chosen).run(data["guide"]).losses
+    stock, sizes = host.attention, []
+
+    def scarce(q, *args):
+        sizes.append(q.shape[0] * q.shape[1])
+        if sizes[-1] > 16:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return stock(q, *args)
+
+    monkeypatch.setattr(host, "attention", scarce)
+    with_less = trainer(tmp_path / "scarce", chosen).run(data["guide"]).losses
+    assert max(sizes) > 16
+    assert with_less == pytest.approx(expected, rel=1e-5)
+
+    def none_left(*_):
+        raise torch.cuda.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(host, "attention", none_left)
+    with pytest.raises(RuntimeError, match=r"memory ran out at step 1.*smaller or shorter"):
+        trainer(tmp_path / "none", chosen).run(data["guide"])
+
+
 def test_a_full_disk_leaves_the_checkpoint_before_intact(data, tmp_path):
     whole = trainer(tmp_path / "whole", settings(steps=4)).run(data["guide"])
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
