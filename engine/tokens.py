@@ -46,10 +46,10 @@ class DeviceTokens:
         return self.values.device
 
     def read(self, index: Tensor) -> Tensor:
-        return self.values[index]
+        return self.values.index_select(0, index)  # as they are: the head is trained through
 
     def write(self, index: Tensor, values: Tensor) -> None:
-        self.values[index] = values
+        self.values.view(WORD).index_copy_(0, index, values.contiguous().view(WORD))
 
     def settle(self) -> None:
         pass
