@@ -37,6 +37,8 @@ class Modulation:
 
     rows: tuple[Tensor, ...]
     """Six tensors [1 or frames, C]: shift, scale, gate of attention, then of the feed-forward."""
+    frames: Tensor | None = None
+    """The frame [n] of each token that this is for, where frames differ."""
 
     @classmethod
     def of(cls, block: Any, e0: Tensor) -> Modulation:
@@ -47,17 +49,17 @@ class Modulation:
     def per_frame(self) -> bool:
         return len(self.rows[0]) > 1
 
-    def of_tokens(self, frames: Tensor | None) -> Modulation:
-        """For tokens [n, C] that lie in the given frames [n]; None where all share one row."""
-        if not self.per_frame:
-            return self
-        return Modulation(tuple(row[frames] for row in self.rows))
+    def __getitem__(self, i: int) -> Tensor:
+        """Row i: [1, C], or [n, C] for each token; made when it is used, as large as the tokens."""
+        return self.rows[i] if self.frames is None else self.rows[i][self.frames]
+
+    def of_tokens(self, frames: Tensor) -> Modulation:
+        """For tokens that lie in the given frames [n]."""
+        return Modulation(self.rows, frames) if self.per_frame else self
 
     def part(self, start: int, stop: int) -> Modulation:
         """For tokens start to stop of those that this modulation is for."""
-        if not self.per_frame:
-            return self
-        return Modulation(tuple(row[start:stop] for row in self.rows))
+        return self if self.frames is None else Modulation(self.rows, self.frames[start:stop])
 
 
 def queries(attention: Any, x: Tensor) -> Tensor:
@@ -87,12 +89,12 @@ def modulated_norm(norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor
 
 def attention_input(block: Any, x: Tensor, modulation: Modulation) -> Tensor:
     """The modulated, normalised tokens [1, n, C] that self-attention reads."""
-    return modulated_norm(block.norm1, x, *modulation.rows[:2])
+    return modulated_norm(block.norm1, x, modulation[0], modulation[1])
 
 
 def attention_output(block: Any, x: Tensor, attended: Tensor, modulation: Modulation) -> Tensor:
     """x [1, n, C] with the attended values projected, gated and added."""
-    return torch.addcmul(x, block.self_attn.o(attended), modulation.rows[2])
+    return torch.addcmul(x, block.self_attn.o(attended), modulation[2])
 
 
 def cross_attention(block: Any, x: Tensor, text: Text, options: dict) -> Tensor:
@@ -104,7 +106,7 @@ def cross_attention(block: Any, x: Tensor, text: Text, options: dict) -> Tensor:
 
 def feed_forward(block: Any, x: Tensor, modulation: Modulation) -> Tensor:
     """What the feed-forward adds to tokens x [1, n, C], before its gate."""
-    return block.ffn(modulated_norm(block.norm2, x, *modulation.rows[3:5]))
+    return block.ffn(modulated_norm(block.norm2, x, modulation[3], modulation[4]))
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,6 @@ def per_token(
     Nothing here sees another token. Each step adds its result last, so that a chunk that runs out
     of memory can be repeated.
     """
-    gate = modulation.rows[5]
     patches = options.get("patches", {}).get("attn2_patch", ())
 
     def cross(start: int, stop: int) -> None:
@@ -146,8 +147,7 @@ def per_token(
 
     def forward(start: int, stop: int) -> None:
         part, rows = x[:, start:stop], modulation.part(start, stop)
-        part_gate = gate if len(gate) == 1 else gate[start:stop]
-        part.addcmul_(parts.feed_forward(block, part, rows), part_gate)
+        part.addcmul_(parts.feed_forward(block, part, rows), rows[5])
 
     tokens = range(1, x.shape[1] + 1)
     in_chunks(tokens, chunk, cross)

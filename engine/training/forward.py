@@ -191,7 +191,7 @@ def rest_of_block(
 ) -> Tensor:
     """Cross-attention and feed-forward of tokens [1, n, C], as `blocks.per_token` in place."""
     x = x + blocks.cross_attention(block, x, text, options)
-    return torch.addcmul(x, blocks.feed_forward(block, x, modulation), modulation.rows[5])
+    return torch.addcmul(x, blocks.feed_forward(block, x, modulation), modulation[5])
 
 
 class TrainedGuide(GuideStream):
