@@ -32,7 +32,7 @@ class ChunkSize:
 
     def keep_pace(self) -> None:
         """Let the device catch up, so that cancelling and progress are prompt."""
-        self._waiting.append(host.mark(host.compute_device()))
+        self._waiting.append(host.Mark(host.compute_device()))
         if len(self._waiting) > self.WAITING:
             self._waiting.popleft().wait()
 

@@ -32,7 +32,7 @@ class Compiled:
                 logging.warning(
                     "AtlasVid: torch.compile failed for %s, which now runs without: %s",
                     self.function.__name__,
-                    str(error).strip().splitlines()[0],
+                    str(error).strip().partition("\n")[0] or type(error).__name__,
                 )
                 self.compiled = None
         return self.function(*args)

@@ -324,11 +324,6 @@ class Mark:
             yield
 
 
-def mark(device: torch.device) -> Mark:
-    """Remember what a device has been given to do so far."""
-    return Mark(device)
-
-
 def inference_itemsize(model: Any) -> int:
     """Bytes per number of a model's activations."""
     return comfy.model_management.dtype_size(model.model.get_dtype_inference())

@@ -88,7 +88,7 @@ class HostTokens:
         while len(self._pending) >= self.WAITING:
             self._finish_oldest()
         values = values.contiguous()  # here: the worker's copy would do it in its stream's memory
-        ready = host.mark(self.device)
+        ready = host.Mark(self.device)
         self._pending.append(self._worker.submit(self._store, index, values, ready))
 
     def _store(self, index: Tensor, values: Tensor, ready: host.Mark) -> None:

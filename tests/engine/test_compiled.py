@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from atlasvid.engine.detail import apply_detail_branch
-from atlasvid.engine.grid import Grid
+from atlasvid.engine import blocks
+from atlasvid.engine.compiled import Compiled, parts_of
 from comfy_api.torch_helpers import set_torch_compile_wrapper
-from test_run import PLAN, branch, sample
-from wan import rand, relative_error, small_wan
+from test_run import branch, sample
+from wan import relative_error, small_wan
 
 
 @pytest.fixture(scope="module")
@@ -57,4 +57,18 @@ def test_a_compiler_that_fails_is_left_out(wan, graphs, caplog):
     said = [r.message for r in caplog.records if "torch.compile failed" in r.message]
     assert len(said) == 3
     assert "feed_forward, which now runs without" in said[-1]
-    assert apply_detail_branch(wan, PLAN, rand(1, 16, 2, 8, 8), Grid(2, 4, 4), "clean")
+
+
+def test_an_error_without_a_message_is_named(graphs, caplog):
+    def backend(*_, **__):
+        raise MemoryError
+
+    part = Compiled(torch.neg, {"backend": backend})
+    part.compiled = backend  # what torch.compile raises always has a message
+    assert part(torch.ones(1)) == -1
+    assert "now runs without: MemoryError" in caplog.text
+
+
+def test_cuda_graphs_are_not_used():
+    """Their results lie where the next call writes."""
+    assert parts_of({"backend": "cudagraphs"}) == blocks.Parts() == parts_of(None)

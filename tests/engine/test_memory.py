@@ -153,7 +153,7 @@ def on_meta(monkeypatch):
     """Replaces what needs a real device."""
     monkeypatch.setattr(host, "apply_rope", comfy.ldm.flux.math._apply_rope1)
     monkeypatch.setattr(
-        host, "mark", lambda device: type("Mark", (), {"wait": lambda self: None})()
+        host, "Mark", lambda device: type("Mark", (), {"wait": lambda self: None})()
     )
 
 

@@ -105,6 +105,17 @@ def test_tokens_in_host_memory_give_the_same_result(wan, overlap, monkeypatch):
     assert relative_error(scarce, free) < 1e-5
 
 
+def test_conditionings_keep_one_guide_however_they_are_batched():
+    run, keys = SamplingRun(seed=0), [(torch.zeros(1), torch.zeros(1))]
+    for together in (("a", "b"), ("a",), ("b",)):
+        run.keep_guide_keys(("model", "settings", together), keys)
+    assert [key[-1] for key in run.guide_keys] == [("a",), ("b",)]
+    run.keep_guide_keys(("model", "other settings", ("a", "b")), keys)
+    assert len(run.guide_keys) == 3
+    run.keep_guide_keys(("model", "settings", ("a", "b")), keys)
+    assert len(run.guide_keys) == 2
+
+
 def test_a_run_frees_what_it_held(wan, monkeypatch):
     runs, held = [], []
     stock = SamplingRun.__init__
