@@ -24,6 +24,21 @@ class Shape:
     text: int = 512
     """Tokens of the prompt; Wan's text encoder pads to 512."""
 
+    def load(self) -> Any:
+        """A ModelPatcher, through the stock loader."""
+        import torch
+        from atlasvid.engine import host, tiny
+
+        return host.load_diffusion_model(
+            tiny.wan_state(
+                matrices=getattr(torch, self.dtype),
+                dim=self.dim,
+                ffn_dim=self.ffn_dim,
+                num_heads=self.dim // 128,
+                num_layers=self.layers,
+            )
+        )
+
 
 SHAPES = {
     "tiny": Shape(256, 1024, 4, "float32"),
@@ -111,20 +126,13 @@ class Forward:
         cap_gib: float | None = None,
     ):
         import torch
-        from atlasvid.engine import host, tiny
+        from atlasvid.engine import host
         from atlasvid.engine.detail import apply_detail_branch
         from atlasvid.engine.grid import Grid
         from atlasvid.engine.plan import Plan
         from atlasvid.engine.windows import COMPACT
 
-        state = tiny.wan_state(
-            matrices=getattr(torch, shape.dtype),
-            dim=shape.dim,
-            ffn_dim=shape.ffn_dim,
-            num_heads=shape.dim // 128,
-            num_layers=shape.layers,
-        )
-        self.patcher = host.load_diffusion_model(state)
+        self.patcher = shape.load()
         device = host.use_on_device(self.patcher)
         f, h, w = grid
         guide = ((f - 1) // STRIDE + 1, h // 4, w // 4)

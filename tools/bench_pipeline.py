@@ -58,15 +58,7 @@ class Pipeline:
         from atlasvid.engine.plan import make_plan
         from bench_attention import SHAPES
 
-        model = SHAPES[shape]
-        state = tiny.wan_state(
-            matrices=getattr(torch, model.dtype),
-            dim=model.dim,
-            ffn_dim=model.ffn_dim,
-            num_heads=model.dim // 128,
-            num_layers=model.layers,
-        )
-        self.model = host.load_diffusion_model(state)
+        self.model = SHAPES[shape].load()
         self.vae = host.load_vae(tiny.vae_state(dim=8 if shape == "tiny" else 96))
         space = host.latent_space(self.model)
         self.plan = make_plan(space, width, height, seconds, 16.0, short_side, 4)

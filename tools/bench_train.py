@@ -74,22 +74,14 @@ def run_one(shape: str, grid: list[int]) -> dict[str, Any]:
 def prepare(shape: str, grid: list[int], folder: Path) -> tuple[Any, Any]:
     """A trainer of a model of one shape, and a dataset of one random sample."""
     import torch
-    from atlasvid.engine import host, tiny
+    from atlasvid.engine import host
     from atlasvid.engine.plan import Plan
     from atlasvid.engine.training.cache import Dataset
     from atlasvid.engine.training.files import save_tensors
     from atlasvid.engine.training.trainer import Trainer, TrainSettings
     from atlasvid.engine.windows import COMPACT
 
-    sizes = SHAPES[shape]
-    dtype = getattr(torch, sizes.dtype)
-    state = tiny.wan_state(
-        dim=sizes.dim,
-        ffn_dim=sizes.ffn_dim,
-        num_heads=sizes.dim // 128,
-        num_layers=sizes.layers,
-    )
-    model = host.load_diffusion_model({k: v.to(dtype) for k, v in state.items()})
+    model = SHAPES[shape].load()
     space = host.latent_space(model)
     f, h, w = grid
     pixels = 2 * space.spatial
