@@ -11,6 +11,7 @@ from torch import Tensor
 from . import blocks, host
 from .chunks import ChunkSize
 from .grid import Grid
+from .ring import Ring
 from .sparsity import keep_blocks
 from .tokens import Tokens
 
@@ -24,6 +25,7 @@ class BlockTask:
         grid: F, h, w.
         guide: unrotated keys and values of the guide [L_g, C], or None.
         chunk: tokens to evaluate at a time.
+        ring: what sliding windows need.
     """
 
     block: Any
@@ -38,6 +40,7 @@ class BlockTask:
     device: torch.device
     keep_blocks: int = 0
     parts: blocks.Parts = field(default_factory=blocks.Parts)
+    ring: Ring | None = None
 
     def read(self, index: Tensor) -> tuple[Tensor, blocks.Modulation]:
         """Tokens [1, n, C] at raster indices [n], and their modulation."""

@@ -236,7 +236,8 @@ class Memory:
     card: int
     """On the card with all weights on it."""
     card_least: int
-    """On the card with tokens and all weights but two blocks' in host memory: what has to fit."""
+    """On the card with tokens, a ring and all weights but two blocks' in host memory: what has to
+    fit."""
     host: int
     disk: int
 
@@ -258,17 +259,17 @@ def memory(shape: ModelShape, plan: Plan, settings: Settings, machine: Machine) 
     )
     latent = plan.latent.count * plan.space.channels * 4
     card = wanted_bytes(work, latent) + shape.weights
+    least = LATENT_COPIES * latent + work.least_chunk_bytes + 2 * shape.weights // shape.layers
     streamed = 0 if card <= machine.card else work.token_bytes + work.guide_bytes
+    if least + work.ring_bytes > machine.card:
+        streamed += work.ring_bytes
     frame = plan.width * plan.height * 3 * 4
     pixels = plan.width * plan.height * plan.frames
     # The stock decode holds the whole video twice: its result and the tiles that make it.
     decoded = STREAMED_FRAMES * frame if settings.streamed_decode else 2 * frame * plan.frames
     return Memory(
         card=card,
-        card_least=LATENT_COPIES * latent
-        + work.least_chunk_bytes
-        + work.ring_bytes
-        + 2 * shape.weights // shape.layers,
+        card_least=least,
         host=shape.weights + latent + max(streamed, decoded),
         disk=int(
             pixels * (VIDEO_BITS_PER_PIXEL / 8 + (SCRATCH_BYTES if settings.streamed_decode else 0))

@@ -21,6 +21,7 @@ from .chunks import ChunkSize, in_chunks
 from .guide import GuideStream
 from .latents import require_shape
 from .memory import CPU_CHUNK, CUDA_CHUNK, MemoryPlan, Workload, plan_memory
+from .ring import Ring
 from .rope import RopeAxes
 from .run import SamplingRun
 from .settings import DetailSettings
@@ -83,6 +84,7 @@ class DetailForward:
         e, e0 = host.time_embedding(self.model, timestep, x.dtype)
         text = self._text(context, clip_fea)
         with ExitStack() as stack:
+            ring = self._ring(x, memory, stack)
             tokens, whole = self._store(x, memory, stack)
             self._embed(x, tokens, chunk)
             guide = None
@@ -109,9 +111,9 @@ class DetailForward:
                 keys = next(keys_of_blocks)
                 progress.at_block(i, "detail")
                 if whole is not None and ("double_block", i) in self._replacements():
-                    whole.copy_(self._replaced(i, whole, e0, text, keys, chunk))
+                    whole.copy_(self._replaced(i, whole, e0, text, keys, chunk, ring))
                 else:
-                    self._block(i, tokens, e0, text, keys, chunk)
+                    self._block(i, tokens, e0, text, keys, chunk, ring)
                 if whole is not None:
                     self._patch(i, whole, x, e)
             return self._head(tokens, e, x, chunk)
@@ -142,17 +144,38 @@ class DetailForward:
         self, x: Tensor, memory: MemoryPlan, stack: ExitStack
     ) -> tuple[list[Tokens], Tensor | None]:
         """The tokens of every video, and all of them as one tensor where that exists."""
-        batch, count, dim = len(x), self.plan.tokens.count, self.model.dim
+        shape = len(x), self.plan.tokens.count, self.model.dim
         patched = self._replacements() or self._patches()
-        if memory.tokens_on_device or patched:  # other nodes' patches want one tensor
-            whole = x.new_empty((batch, count, dim))
+        whole = None
+        if patched:  # other nodes' patches want one tensor
+            whole = x.new_empty(shape)
+        elif memory.tokens_on_device:
+            whole = host.empty_if_it_fits(x, shape)
+        if whole is not None:
             return [DeviceTokens(item) for item in whole], whole
+        return self._in_host_memory(x, shape, stack), None
+
+    def _ring(self, x: Tensor, memory: MemoryPlan, stack: ExitStack) -> Ring | None:
+        """What sliding windows keep of a block's keys and values."""
+        if not isinstance(self.attention, SlidingAttention):
+            return None
+        grid = self.attention.windows.ring
+        shape = 2, grid.count, self.model.dim
+        pair = host.empty_if_it_fits(x, shape) if memory.ring_on_device else None
+        if pair is not None:
+            return Ring(grid, DeviceTokens(pair[0]), DeviceTokens(pair[1]))
+        return Ring(grid, *self._in_host_memory(x, shape, stack))
+
+    def _in_host_memory(
+        self, x: Tensor, shape: tuple[int, int, int], stack: ExitStack
+    ) -> list[Tokens]:
+        """A store [n, C] for each of the first axis of a shape."""
         stores: list[Tokens] = []
-        for _ in range(batch):
-            store = HostTokens(count, dim, x.dtype, x.device)
+        for _ in range(shape[0]):
+            store = HostTokens(shape[1], shape[2], x.dtype, x.device)
             stack.callback(store.close)
             stores.append(store)
-        return stores, None
+        return stores
 
     def _replacements(self) -> dict:
         return self.options.get("patches_replace", {}).get("dit", {})
@@ -229,6 +252,7 @@ class DetailForward:
         text: blocks.Text,
         guide_keys: tuple[Tensor, Tensor] | None,
         chunk: ChunkSize,
+        ring: Ring | None,
     ) -> Tensor:
         """A block that another node replaced, with ours as the original that it may call."""
 
@@ -236,7 +260,7 @@ class DetailForward:
             out = args["img"].clone()
             own = blocks.Text(args["txt"], text.image_tokens)
             tokens: list[Tokens] = [DeviceTokens(item) for item in out]
-            self._block(i, tokens, args["vec"], own, guide_keys, chunk)
+            self._block(i, tokens, args["vec"], own, guide_keys, chunk, ring)
             return {"img": out}
 
         args = {
@@ -271,6 +295,7 @@ class DetailForward:
         text: blocks.Text,
         guide_keys: tuple[Tensor, Tensor] | None,
         chunk: ChunkSize,
+        ring: Ring | None,
     ) -> None:
         """One block in place on the tokens of every video."""
         block = self.model.blocks[index]
@@ -288,6 +313,7 @@ class DetailForward:
                 e0.device,
                 self.settings.keep_blocks,
                 self.run.parts,
+                ring,
             )
             self.attention.evaluate(task, index)
             store.settle()

@@ -217,6 +217,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, comfy.model_management.OOM_EXCEPTION)
 
 
+def empty_if_it_fits(like: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    """An uninitialised tensor of the device and dtype of `like`; None where memory runs out."""
+    try:
+        return like.new_empty(shape)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    empty_cache()
+    return None
+
+
 def free_memory(device: torch.device, model: Any = None) -> int:
     """Bytes that may be allocated on a device now.
 

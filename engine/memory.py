@@ -115,6 +115,8 @@ class MemoryPlan:
     chunk: int
     """Tokens evaluated at a time."""
     tokens_on_device: bool
+    ring_on_device: bool
+    """The keys and values that sliding windows keep."""
     guide: str
     """Where kept keys and values of the guide live: `device`, `host`, or `recompute`."""
 
@@ -122,16 +124,20 @@ class MemoryPlan:
 def plan_memory(work: Workload, free: int, host_free: int, most_chunk: int) -> MemoryPlan:
     """Place the tensors of a forward within `free` bytes of the device.
 
-    What every step needs most goes onto the device first: a working chunk, the target tokens, then
-    the guide's keys; what is left makes the chunk larger. The guide's keys are kept in host memory
-    only where they take less than half of it: pinned memory is handed out in powers of two.
+    What every step reads most goes onto the device first: a working chunk, the ring of sliding
+    windows, the target tokens, then the guide's keys; what is left makes the chunk larger. The
+    guide's keys are kept in host memory only where they take less than half of it: pinned memory
+    is handed out in powers of two.
     """
-    left = free - work.least_chunk_bytes - work.ring_bytes
-    tokens_on_device = work.token_bytes <= left
-    if tokens_on_device:
-        left -= work.token_bytes
-    else:
-        host_free -= work.token_bytes
+    left = free - work.least_chunk_bytes
+    on_device = []
+    for size in (work.ring_bytes, work.token_bytes):
+        on_device.append(size <= left)
+        if on_device[-1]:
+            left -= size
+        else:
+            host_free -= size
+    ring_on_device, tokens_on_device = on_device
     guide = "recompute"
     if work.keep_guide and work.guide_tokens:
         if work.guide_bytes <= left // 2:
@@ -140,7 +146,7 @@ def plan_memory(work: Workload, free: int, host_free: int, most_chunk: int) -> M
         elif work.guide_bytes <= host_free // 2:
             guide = "host"
     chunk = work.least_chunk + max(0, left) // work.bytes_per_chunk_token
-    return MemoryPlan(min(chunk, most_chunk), tokens_on_device, guide)
+    return MemoryPlan(min(chunk, most_chunk), tokens_on_device, ring_on_device, guide)
 
 
 def wanted_bytes(work: Workload, latent_bytes: int, tokens_on_device: bool = True) -> int:

@@ -18,6 +18,7 @@ from . import blocks
 from .block_task import BlockTask
 from .chunks import in_chunks
 from .grid import Grid
+from .ring import Ring
 from .rope import RopeAxes, join_axes
 from .windows import Box, GuideAlignment, SlidingWindows, flat_index, starts_of
 
@@ -34,23 +35,10 @@ class TileGroup:
     stored: Tensor
     """`tiles`, where the tokens live."""
     keys: Tensor
+    """Of the key windows, where the ring lives."""
     guide: Tensor | None
     last_slice: int
     """Slices of the streamed axis that must be in the ring: up to, not including, this one."""
-
-
-class Ring:
-    """Rotated keys and values of the last slices along the streamed axis.
-
-    Args:
-        grid: the target's tokens, with the streamed axis cut to a key window's length.
-    """
-
-    def __init__(self, grid: Grid, like: Tensor):
-        self.grid = grid
-        self.keys = like.new_empty((grid.count, like.shape[-1]))
-        self.values = torch.empty_like(self.keys)
-        self.filled = 0
 
 
 class SlidingAttention:
@@ -67,14 +55,18 @@ class SlidingAttention:
         self.rope = rope
         self.axis = windows.axis
         self._prepared: dict[
-            tuple[torch.device, torch.device],
+            tuple[torch.device, torch.device, torch.device],
             tuple[list[TileGroup], list[Tensor], Tensor | None],
         ] = {}
 
     def evaluate(self, task: BlockTask, index: int) -> None:
         del index  # the tiles are the same in every block
-        groups, tables, guide_freqs = self._prepare(task.device, task.tokens.index_device)
-        ring = Ring(self.windows.ring, task.modulation.rows[0])
+        ring = task.ring
+        assert ring is not None
+        ring.filled = 0
+        groups, tables, guide_freqs = self._prepare(
+            task.device, task.tokens.index_device, ring.index_device
+        )
         guide = None
         if task.guide is not None:
             assert guide_freqs is not None
@@ -93,10 +85,14 @@ class SlidingAttention:
             )
 
     def _prepare(
-        self, device: torch.device, index_device: torch.device
+        self, device: torch.device, stored: torch.device, ring: torch.device
     ) -> tuple[list[TileGroup], list[Tensor], Tensor | None]:
-        """Tiles in streaming order, per-axis rotations of the target, rotations of the guide."""
-        key = device, index_device
+        """Tiles in streaming order, per-axis rotations of the target, rotations of the guide.
+
+        Args:
+            stored, ring: where indices of the tokens and of the ring must be.
+        """
+        key = device, stored, ring
         if key not in self._prepared:
             tables = [
                 self.rope.table(axis, torch.arange(n, device=device))
@@ -110,10 +106,12 @@ class SlidingAttention:
                         for axis, positions in enumerate(self.alignment.positions)
                     ]
                 )
-            self._prepared[key] = self._groups(device, index_device), tables, guide_freqs
+            self._prepared[key] = self._groups(*key), tables, guide_freqs
         return self._prepared[key]
 
-    def _groups(self, device: torch.device, index_device: torch.device) -> list[TileGroup]:
+    def _groups(
+        self, device: torch.device, stored: torch.device, ring: torch.device
+    ) -> list[TileGroup]:
         by_place: dict[tuple[int, Grid], list[Box]] = defaultdict(list)
         for tile in self.windows.tiles():
             by_place[tile.start[self.axis], tile.size].append(tile)
@@ -127,8 +125,8 @@ class SlidingAttention:
                 TileGroup(
                     tiles[0].size,
                     starts_of(tiles, device),
-                    starts_of(tiles, index_device),
-                    starts_of(keys, device),
+                    starts_of(tiles, stored),
+                    starts_of(keys, ring),
                     guide,
                     keys[0].start[self.axis] + keys[0].size[self.axis],
                 )
@@ -141,11 +139,12 @@ class SlidingAttention:
             return
         size = list(self.windows.grid)
         size[self.axis] = last - ring.filled
-        starts = self._start_on(task.device, ring.filled)
-        index = flat_index(self.windows.grid, starts, Grid(*size))[0]
-        stored_starts = self._start_on(task.tokens.index_device, ring.filled)
-        stored = flat_index(self.windows.grid, stored_starts, Grid(*size))[0]
-        slot = flat_index(ring.grid, starts, Grid(*size), wrap=ring.grid)[0]
+        index, stored = (
+            flat_index(self.windows.grid, self._start_on(place, ring.filled), Grid(*size))[0]
+            for place in (task.device, task.tokens.index_device)
+        )
+        starts = self._start_on(ring.index_device, ring.filled)
+        slots = flat_index(ring.grid, starts, Grid(*size), wrap=ring.grid)[0]
 
         def compute(begin: int, end: int) -> None:
             x, modulation = task.read(stored[begin:end])
@@ -153,10 +152,10 @@ class SlidingAttention:
             freqs = self._rotations_of(index[begin:end], tables)
             keys = blocks.rotate(task.parts.keys(task.block.self_attn, y), task.heads, freqs)
             values = task.block.self_attn.v(y)
-            ring.keys[slot[begin:end]] = keys[0]
-            ring.values[slot[begin:end]] = values[0]
+            ring.write(slots[begin:end], keys[0], values[0])
 
         in_chunks(range(1, len(index) + 1), task.chunk, compute)
+        ring.settle()
         ring.filled = last
 
     def _start_on(self, device: torch.device, first: int) -> Tensor:
@@ -191,8 +190,8 @@ class SlidingAttention:
         q = task.parts.queries(task.block.self_attn, y)
         q = blocks.rotate(q, task.heads, self._rotations_of(index, tables))
         q = q.view(stop - start, group.size.count, -1)
-        read = flat_index(ring.grid, group.keys[start:stop], windows.window, wrap=ring.grid)
-        k, v = ring.keys[read], ring.values[read]
+        slots = flat_index(ring.grid, group.keys[start:stop], windows.window, wrap=ring.grid)
+        k, v = ring.read(slots)
         aligned = None
         if guide is not None:
             assert self.alignment is not None

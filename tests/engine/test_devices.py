@@ -129,18 +129,19 @@ def on_card(model):
 
 
 @pytest.mark.parametrize(
-    ("overlap", "guide_noise", "kind", "on_device", "guide", "kept"),
+    ("overlap", "guide_noise", "kind", "on_device", "ring", "guide", "kept"),
     [
-        ("shifted", "clean", "text", True, "device", 0),
-        ("shifted", "clean", "image", False, "host", 3),
-        ("shifted", "matched", "frames", False, "device", 0),
-        ("sliding", "clean", "frames", False, "host", 0),
-        ("sliding", "matched", "image", True, "device", 3),
-        ("sliding", "clean", "text", False, "recompute", 0),
+        ("shifted", "clean", "text", True, False, "device", 0),
+        ("shifted", "clean", "image", False, False, "host", 3),
+        ("shifted", "matched", "frames", False, False, "device", 0),
+        ("sliding", "clean", "frames", False, True, "host", 0),
+        ("sliding", "matched", "image", True, True, "device", 3),
+        ("sliding", "clean", "text", False, False, "recompute", 0),
+        ("sliding", "matched", "frames", True, False, "device", 3),
     ],
 )
 def test_a_forward_stays_on_its_devices(
-    card, overlap, guide_noise, kind, on_device, guide, kept, monkeypatch
+    card, overlap, guide_noise, kind, on_device, ring, guide, kept, monkeypatch
 ):
     config = {"model_type": "i2v", "in_dim": 36} if kind == "image" else {}
     wan = small_wan(num_layers=2, **config)
@@ -149,7 +150,7 @@ def test_a_forward_stays_on_its_devices(
         wan, plan, rand(1, 16, *PROXY), Grid(4, 16, 16), guide_noise, overlap=overlap,
         keep_blocks=kept,
     )  # fmt: skip
-    memory = MemoryPlan(700, on_device, guide)
+    memory = MemoryPlan(700, on_device, ring, guide)
     monkeypatch.setattr(engine_forward, "plan_memory", lambda *_: memory)
     block, blocks_seen, waits = engine_forward.DetailForward._block, [], Waits()
 

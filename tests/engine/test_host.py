@@ -1,5 +1,7 @@
 """Which models the pack accepts, on real model classes of ComfyUI at small sizes."""
 
+from typing import Any
+
 import comfy.supported_models
 import pytest
 import torch
@@ -57,3 +59,21 @@ def test_other_models_are_named_beside_those_supported(make, name: str) -> None:
 
 def test_a_plain_wan_is_accepted() -> None:
     assert host.latent_space(small_wan()) == host.LatentSpace(16, 8, 4, (1, 2, 2))
+
+
+def test_a_tensor_that_does_not_fit_is_none() -> None:
+    class Full:
+        def __init__(self, error: Exception):
+            self.error = error
+
+        def new_empty(self, shape: tuple[int, ...]) -> torch.Tensor:
+            raise self.error
+
+    full: Any = Full(torch.cuda.OutOfMemoryError("out of memory"))
+    assert host.empty_if_it_fits(full, (2, 3)) is None
+    broken: Any = Full(ValueError("broken"))
+    with pytest.raises(ValueError, match="broken"):
+        host.empty_if_it_fits(broken, (2, 3))
+    made = host.empty_if_it_fits(torch.zeros(1, dtype=torch.bfloat16), (2, 3))
+    assert made is not None
+    assert (made.shape, made.dtype) == ((2, 3), torch.bfloat16)

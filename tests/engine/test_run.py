@@ -17,11 +17,13 @@ from atlasvid.engine.chunks import ChunkSize, in_chunks
 from atlasvid.engine.detail import apply_detail_branch
 from atlasvid.engine.grid import Grid
 from atlasvid.engine.run import SamplingRun
+from atlasvid.engine.windows import SlidingWindows
 from measure import resident_bytes
 from wan import forward as direct
 from wan import plan_of, rand, relative_error, small_wan
 
 PLAN = plan_of((5, 16, 16), (2, 8, 8))
+WINDOW = Grid(2, 4, 4)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def evaluations(monkeypatch):
 
 def branch(wan, guide_noise="clean", **kwargs):
     proxy = rand(1, 16, 2, 8, 8, seed=3)
-    return apply_detail_branch(wan, PLAN, proxy, Grid(2, 4, 4), guide_noise, **kwargs)
+    return apply_detail_branch(wan, PLAN, proxy, WINDOW, guide_noise, **kwargs)
 
 
 def sample(model, steps=3, cfg=5.0, seed=7, latent=None, sampler="euler"):
@@ -101,8 +103,22 @@ def test_tokens_in_host_memory_give_the_same_result(wan, overlap, monkeypatch):
     free = sample(branch(wan, overlap=overlap))
     assert not made
     scarce = sample(branch(wan, overlap=overlap, memory_budget="0.001 GB"))
-    assert made
+    sizes = {len(each.values) for each in made}
+    ring = {SlidingWindows(PLAN.tokens, WINDOW).ring.count} if overlap == "sliding" else set()
+    assert sizes == {PLAN.tokens.count} | ring
     assert relative_error(scarce, free) < 1e-5
+
+
+@pytest.mark.parametrize("overlap", ["shifted", "sliding"])
+def test_what_does_not_fit_after_all_goes_to_host_memory(wan, overlap, monkeypatch):
+    def scarce(like, shape):
+        asked.append(shape)
+
+    asked = []
+    expected = sample(branch(wan, overlap=overlap))
+    monkeypatch.setattr(host, "empty_if_it_fits", scarce)
+    assert relative_error(sample(branch(wan, overlap=overlap)), expected) < 1e-5
+    assert asked
 
 
 def test_conditionings_keep_one_guide_however_they_are_batched():
