@@ -15,11 +15,10 @@ class ChunkSize:
     Shared by all blocks and steps of a run, so that a size that failed is not tried again.
     """
 
-    WAITING = 4
-    """Chunks that the device may lag behind: enough to keep it busy, few enough to cancel."""
-
     def __init__(self, tokens: int):
         self.tokens = tokens
+        self.ahead = 4
+        """Chunks that the device may lag behind: enough to keep it busy, few enough to cancel."""
         self._waiting: deque[host.Mark] = deque()
 
     def stop(self, start: int, ends: Sequence[int]) -> int:
@@ -33,7 +32,7 @@ class ChunkSize:
     def keep_pace(self) -> None:
         """Let the device catch up, so that cancelling and progress are prompt."""
         self._waiting.append(host.Mark(host.compute_device()))
-        if len(self._waiting) > self.WAITING:
+        if len(self._waiting) > self.ahead:
             self._waiting.popleft().wait()
 
 

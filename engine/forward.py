@@ -85,6 +85,8 @@ class DetailForward:
         text = self._text(context, clip_fea)
         with ExitStack() as stack:
             ring = self._ring(x, memory, stack)
+            if ring is not None and ring.index_device != x.device:
+                chunk.ahead = 1  # the keys that a chunk reads are many times its tokens
             tokens, whole = self._store(x, memory, stack)
             self._embed(x, tokens, chunk)
             guide = None

@@ -132,7 +132,7 @@ def plan_memory(work: Workload, free: int, host_free: int, most_chunk: int) -> M
     left = free - work.least_chunk_bytes
     on_device = []
     for size in (work.ring_bytes, work.token_bytes):
-        on_device.append(size <= left)
+        on_device.append(size <= max(0, left))
         if on_device[-1]:
             left -= size
         else:

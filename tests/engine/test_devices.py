@@ -14,6 +14,7 @@ import pytest
 import torch
 from atlasvid.engine import forward as engine_forward
 from atlasvid.engine import host, sparsity, tokens
+from atlasvid.engine.chunks import ChunkSize
 from atlasvid.engine.detail import apply_detail_branch
 from atlasvid.engine.grid import Grid
 from atlasvid.engine.memory import MemoryPlan
@@ -185,6 +186,8 @@ def test_a_forward_stays_on_its_devices(
             assert out.shape == (2, 16, *LATENT)
     assert len(blocks_seen) == 4
     assert not waits.found, "the card runs dry while the computer waits for it"
+    chunk = next(made for made in run._made.values() if isinstance(made, ChunkSize))
+    assert chunk.ahead == (1 if overlap == "sliding" and not ring else 4)
     assert len(run.guide_keys) == int(guide_noise == "clean" and guide != "recompute")
     for pairs in run.guide_keys.values():
         places = {tensor.device.type for pair in pairs for tensor in pair}
