@@ -140,7 +140,10 @@ def run_on_cpu(quick: bool) -> None:
     text = f"{ours['frames']} frames of {size[2] * 8} x {size[1] * 8}, Wan 2.1 VAE of dim 16, "
     text += f"float32.\n\n{markdown_table(header, table)}\n\n"
     text += f"Our tiles' halos cost {ours['work']:.3f} x the untiled convolution work (counted). "
-    text += "Processor time is that of all threads of the process."
+    text += (
+        "Processor time is that of all threads. The C library gives freed memory back at once, so "
+    )
+    text += "that peaks count; all three are slower for it."
     if growth:
         text += "\n\nStraight into a file, 256 x 256, dim 8: " + " and ".join(
             f"{row['grown_bytes'] / MIB:,.0f} MiB for {row['frames']} frames" for row in growth
