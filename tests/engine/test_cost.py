@@ -10,7 +10,7 @@ from atlasvid.engine.cost import ModelShape, Rates, Settings
 from atlasvid.engine.detail import apply_detail_branch
 from atlasvid.engine.grid import Grid
 from atlasvid.engine.plan import make_plan
-from atlasvid.engine.windows import COMPACT
+from atlasvid.engine.windows import COMPACT, SlidingWindows
 from torch.utils.flop_counter import FlopCounterMode
 from wan import WAN21, forward, plan_of, rand, small_wan
 
@@ -95,6 +95,18 @@ def test_more_of_anything_takes_longer():
     for plan, chosen in ((longer, settings), (UHD, wider), (UHD, twice)):
         assert cost.seconds(cost.WAN_1_3B, plan, chosen, MACHINE, RATES).total > base.total
     assert cost.seconds(cost.WAN_1_3B, UHD, clean, MACHINE, RATES).detail < base.detail
+
+
+def test_a_ring_that_fills_the_card_is_counted_in_host_memory():
+    settings = Settings(Grid(21, 30, 52), overlap="sliding")
+    ring = 2 * SlidingWindows(UHD.tokens, settings.window).ring.count * cost.WAN_1_3B.dim * 2
+    least = cost.memory(cost.WAN_1_3B, UHD, settings, MACHINE).card_least
+    small, large = (
+        cost.memory(cost.WAN_1_3B, UHD, settings, replace(MACHINE, card=least + beside))
+        for beside in (ring - 1, ring)
+    )
+    assert small.host - large.host == ring
+    assert not cost.problems(UHD, small, replace(MACHINE, card=least))
 
 
 def test_what_will_not_fit_names_a_plan_that_fits():
