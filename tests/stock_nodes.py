@@ -37,12 +37,14 @@ def has_ten_bit() -> bool:
 def saved_alike(ours, theirs, folder: Path) -> bool:
     """Whether SaveVideo writes the same bytes for both videos.
 
-    x264 now and then writes the same small frames in other bytes, stock against stock too, so
-    a mismatch is tried again; different frames would never agree.
+    x264 writes the same small frames in one of several ways, stock against stock too, so both are
+    written until one way of each agrees; different frames would never agree.
     """
-    for attempt in range(6):
-        left = save_video(ours, folder / f"ours{attempt}")
-        right = save_video(theirs, folder / f"theirs{attempt}")
-        if left.name == right.name and left.read_bytes() == right.read_bytes():
+    written: dict[str, set[bytes]] = {"ours": set(), "theirs": set()}
+    for attempt in range(12):
+        for name, video in (("ours", ours), ("theirs", theirs)):
+            file = save_video(video, folder / f"{name}{attempt}")
+            written[name].add(file.name.encode() + file.read_bytes())
+        if written["ours"] & written["theirs"]:
             return True
     return False
