@@ -1,0 +1,235 @@
+"""One stage of `tools/train_world.py`, in ComfyUI's own Python."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from clips import HEIGHT, WIDTH, random_clips, random_crop
+from latents import LatentCode, fit, psnr
+from pack_loader import load_comfyui, load_pack
+from sheets import save_sheet
+from torch import Tensor
+from tqdm import tqdm
+
+SHARD = 100
+CLIP_SHARDS, PICTURE_SHARDS = 60, 60
+CROP, CROPS, CROP_BATCH = 96, 400, 4
+SAMPLED = (
+    "wide view of a red balloon drifting right over hills at noon",
+    "wide view of a yellow balloon drifting left over desert at dusk",
+    "wide view of a green balloon drifting right over snow at night",
+    "wide view of a purple balloon drifting left over snow at noon",
+)
+
+
+class Work:
+    """The work folder of a training and its device."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.folder: Path = options.work
+        self.output: Path = options.output
+        self.steps: int | None = options.steps
+        self.device = torch.device("cpu" if options.cpu else "cuda")
+
+    @property
+    def code(self) -> LatentCode:
+        return LatentCode.load(self.folder / "code.safetensors")
+
+
+def fit_code(work: Work) -> None:
+    """The latent space, from a few hundred clips."""
+    path = work.folder / "code.safetensors"
+    if path.exists():
+        return
+    clips, _ = random_clips(0, 300, 128, 128)
+    code = fit(clips[:260], steps=700)
+    held = clips[260:]
+    print(f"[world] the code alone: {psnr(code.decode(code.encode(held)), held):.1f} dB")
+    code.save(path)
+
+
+def render_clips(work: Work) -> None:
+    """Latents of clips and of single pictures, in files of a hundred."""
+    for kind, shards, frames in (("clips", CLIP_SHARDS, 17), ("pictures", PICTURE_SHARDS, 1)):
+        folder = work.folder / kind
+        folder.mkdir(exist_ok=True)
+        for i in tqdm(range(shards), desc=kind):
+            path = folder / f"{i:04d}.pt"
+            if path.exists():
+                continue
+            count = SHARD if frames > 1 else 2 * SHARD
+            seed = i + (1000 if frames > 1 else 9000)
+            clips, captions = random_clips(seed, count, WIDTH, HEIGHT, frames)
+            latents = torch.cat([work.code.encode(part) for part in clips.split(20)]).half()
+            torch.save({"z": latents, "captions": captions}, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").replace(path)
+
+
+class Batches:
+    """Latents and text of random clips, the same for the same step whenever it is asked for."""
+
+    def __init__(self, work: Work, recipe: Any):
+        from atlasvid.engine.tiny import TinyTextEncoder
+
+        self.recipe, self.device = recipe, work.device
+        self.encoder = TinyTextEncoder()
+        self.texts: dict[str, Tensor] = {}
+        self.clips, self.pictures = (
+            [torch.load(f) for f in sorted((work.folder / kind).glob("*.pt"))]
+            for kind in ("clips", "pictures")
+        )
+
+    def text(self, caption: str) -> Tensor:
+        if caption not in self.texts:
+            tokens = self.encoder.tokenize(caption)
+            self.texts[caption] = self.encoder.encode_from_tokens_scheduled(tokens)[0][0][0]
+        return self.texts[caption]
+
+    def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        frames = self.recipe.frames(step)
+        shards = self.clips + (self.pictures if frames == 1 else [])
+
+        def below(n: int) -> int:
+            return int(torch.randint(n, (1,), generator=generator))
+
+        latents, texts = [], []
+        for _ in range(self.recipe.tokens // (frames * 96)):
+            shard = shards[below(len(shards))]
+            i = below(len(shard["z"]))
+            silent = float(torch.rand(1, generator=generator)) < self.recipe.caption_dropout
+            latents.append(shard["z"][i, :, :frames].float())
+            texts.append(self.text("" if silent else shard["captions"][i]))
+        return torch.stack(latents).to(self.device), torch.stack(texts).to(self.device)
+
+
+def train_model(work: Work) -> None:
+    """The diffusion model."""
+    import comfy.ldm.wan.model
+    import comfy.model_management
+    import dit
+    from atlasvid.engine import host
+
+    comfy.model_management.in_training = True  # RoPE with gradients
+    if work.device.type == "cpu":
+        comfy.ldm.wan.model.optimized_attention = dit.matmul_attention
+    recipe = dit.DitRecipe(**({"steps": work.steps} if work.steps else {}))
+    model = host.build_wan(**dit.CONFIG).to(work.device).train()
+    training = dit.DitTraining(model, recipe)
+    checkpoint = work.folder / "dit.pt"
+    if checkpoint.exists():
+        training.load(checkpoint)
+    batches = Batches(work, recipe)
+    with tqdm(total=recipe.steps, initial=training.step, desc="model") as bar:
+
+        def on_step(step: int, loss: float) -> None:
+            recent = training.losses[-50:]
+            bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}")
+            bar.update()
+            if step % 250 == 249:
+                samples = dit.sample(training.average, batches.text, SAMPLED, work.device)
+                videos = work.code.decode(samples.cpu())
+                save_sheet(work.folder / f"model_{step + 1:05d}.png", videos)
+
+        dit.train(training, batches, checkpoint, on_step)
+
+
+def crops(seed: int) -> Iterator[Tensor]:
+    """Batches [4, 3, 9, 96, 96] from a slowly renewed store, so that drawing costs little."""
+    rng = np.random.default_rng(seed)
+    store = [random_crop(rng, CROP) for _ in range(CROP_BATCH * 4)]
+    while True:
+        yield torch.stack([store[i] for i in rng.integers(len(store), size=CROP_BATCH)])
+        new = random_crop(rng, CROP)
+        if len(store) < CROPS:
+            store.append(new)
+        else:
+            store[rng.integers(CROPS)] = new
+
+
+def train_half(half: str) -> Callable[[Work], None]:
+    """The stage that trains the VAE's decoder or encoder; they share no weights."""
+
+    def stage(work: Work) -> None:
+        import vae as training_vae
+        from atlasvid.engine import host
+
+        recipe = training_vae.VaeRecipe(**({"steps": work.steps} if work.steps else {}))
+        vae = host.build_wan_vae(training_vae.DIM).to(work.device)
+        training = training_vae.VaeTraining(vae, half, recipe)
+        checkpoint = work.folder / f"{half}.pt"
+        if checkpoint.exists():
+            training.load(checkpoint)
+        held = torch.stack([random_crop(np.random.default_rng(99 + i), CROP) for i in range(8)])
+        batches, code = crops(training.step * 7 + (half == "encoder")), work.code
+        generator = torch.Generator().manual_seed(training.step)
+        with tqdm(total=recipe.steps, initial=training.step, desc=half) as bar:
+            while training.step < recipe.steps:
+                video = next(batches)
+                latents = code.encode(video)
+                training.update(video.to(work.device), latents.to(work.device), generator)
+                bar.update()
+                if training.step % 200 == 0 or training.step == recipe.steps:
+                    given = training.restore(held, code)
+                    bar.set_postfix(psnr=f"{psnr(given, held):.2f}")
+                    save_sheet(work.folder / f"{half}.png", torch.cat([held, given], dim=-1)[:5])
+                    training.save(checkpoint)
+
+    return stage
+
+
+def write_files(work: Work) -> None:
+    """The base model and the VAE as the stock loaders take them, in half precision."""
+    import vae as training_vae
+    from safetensors.torch import save_file
+
+    target = work.folder / "files"
+    target.mkdir(exist_ok=True)
+    average = torch.load(work.folder / "dit.pt", weights_only=True)["average"]
+    state = {name: value.half().contiguous() for name, value in average.items()}
+    save_file(state, target / "tiny_world_t2v.safetensors", {"format": "pt"})
+    halves = [
+        torch.load(work.folder / f"{half}.pt", weights_only=True)["vae"]
+        for half in ("decoder", "encoder")
+    ]
+    merged = training_vae.as_stock(*halves)
+    save_file(merged, target / "tiny_world_vae.safetensors", {"format": "pt"})
+
+
+STAGES: dict[str, Callable[[Work], None]] = {
+    "code": fit_code,
+    "clips": render_clips,
+    "model": train_model,
+    "decoder": train_half("decoder"),
+    "encoder": train_half("encoder"),
+    "files": write_files,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--cpu", action="store_true")
+    options = parser.parse_args()
+    flags = ["--cpu"] if options.cpu else []
+    load_comfyui(Path(os.environ["COMFYUI_PATH"]), *flags, "--use-pytorch-cross-attention")
+    load_pack()
+    if options.cpu and "OMP_NUM_THREADS" in os.environ:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    STAGES[options.stage](Work(options))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
