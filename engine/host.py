@@ -381,6 +381,11 @@ def load_diffusion_model(state: dict[str, Tensor]) -> Any:
     return comfy.sd.load_diffusion_model_state_dict(state)
 
 
+def with_lora(model: Any, lora: dict[str, Tensor], strength: float = 1.0) -> Any:
+    """A clone of the model with an ordinary LoRA on it, as the stock loader puts it there."""
+    return comfy.sd.load_lora_for_models(model, None, lora, strength, 0)[0]
+
+
 def load_vae(state: dict[str, Tensor]) -> Any:
     """A VAE from its weights, through the stock loader."""
     return comfy.sd.VAE(sd=state)
@@ -714,10 +719,14 @@ def preview_bar(total: int, size: int) -> Callable[[int, Any], None]:
     return show
 
 
-def load_wan_files(model: Any, text_encoder: Any, vae: Any) -> tuple[Any, Any, Any]:
-    """MODEL, CLIP and VAE from the paths of their files, through the stock loaders."""
+def load_wan_files(model: Any, vae: Any) -> tuple[Any, Any]:
+    """MODEL and VAE from the paths of their files, through the stock loaders."""
     return (
         comfy.sd.load_diffusion_model(str(model)),
-        comfy.sd.load_clip([str(text_encoder)], clip_type=comfy.sd.CLIPType.WAN),
         comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(vae))),
     )
+
+
+def load_wan_text_encoder(file: Any) -> Any:
+    """CLIP from the path of Wan's text encoder, through the stock loader."""
+    return comfy.sd.load_clip([str(file)], clip_type=comfy.sd.CLIPType.WAN)

@@ -1,17 +1,33 @@
 """Small checkpoints of the real architectures, so that every workflow runs without downloads.
 
-Random weights: they exercise every code path at the real layer types and produce noise pictures.
+A family trained on drawings of one small world (models/tiny_world) makes pictures that one
+recognises; random weights exercise every code path at the real layer types and make noise.
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from . import host
+from .lora import GuideLora, load_guide_lora
+
+WORLD = Path(__file__).resolve().parent.parent / "models" / "tiny_world"
+WORLD_VERSION = "1"
+WORLD_WORDS = {
+    "view": ("wide", "close"),
+    "colour": ("red", "yellow", "green", "purple", "white"),
+    "direction": ("left", "right"),
+    "land": ("hills", "desert", "snow"),
+    "time of day": ("noon", "dusk", "night"),
+    "other": ("view", "of", "a", "balloon", "drifting", "over", "at"),
+}
+"""Every word that the trained family knows, by kind."""
 
 TEXT_WIDTH = 4096
 TEXT_TOKENS = 16
@@ -90,6 +106,96 @@ class TinyTextEncoder:
 
 
 def tiny_models(seed: int = 0) -> tuple[Any, TinyTextEncoder, Any]:
-    """A small model, text encoder and VAE, as ComfyUI's MODEL, CLIP and VAE."""
+    """A small model, text encoder and VAE, as ComfyUI's MODEL, CLIP and VAE: random weights."""
     model = host.load_diffusion_model(wan_state(seed))
     return model, TinyTextEncoder(seed), host.load_vae(vae_state(seed))
+
+
+# --- The trained family ---------------------------------------------------------------------
+
+
+class WorldTextEncoder(TinyTextEncoder):
+    """The trained family's text encoder: it knows the words of its world and no others."""
+
+    def tokenize(self, text: str, **_: Any) -> list[str]:
+        """The words of a prompt.
+
+        Raises:
+            ValueError: words that the family was not trained on.
+        """
+        words = text.lower().replace(",", " ").replace(".", " ").split()
+        known = [word for kind in WORLD_WORDS.values() for word in kind]
+        unknown = sorted({word for word in words if word not in known})
+        if unknown:
+            raise ValueError(
+                f"The tiny world does not know {', '.join(unknown)}. Its words are: "
+                f"{', '.join(known)}. For example: wide view of a red balloon drifting left over "
+                "hills at noon. A negative prompt has to stay empty."
+            )
+        return words[:TEXT_TOKENS]
+
+
+class TinyFamily(NamedTuple):
+    """What AtlasVid Tiny Models gives."""
+
+    model: Any
+    text_encoder: TinyTextEncoder
+    vae: Any
+    guide_lora: GuideLora | None
+    proxy_model: Any
+    """The model with the LoRA that samples proxies, or the model itself."""
+
+
+def world_file(name: str, folder: Path = WORLD) -> Path:
+    """A file of the trained family.
+
+    Raises:
+        ValueError: it is missing, cut short, or of another version of this pack.
+    """
+    path = folder / f"tiny_world_{name}.safetensors"
+    advice = "Download the pack again, or set weights to random."
+    if not path.is_file():
+        raise ValueError(f"{path} is missing. {advice}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            version = (file.metadata() or {}).get("tiny_world")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): it is cut short. {advice}") from error
+    if version != WORLD_VERSION:
+        raise ValueError(
+            f"{path} is of version {version} of the tiny world; this pack needs {WORLD_VERSION}. "
+            f"{advice}"
+        )
+    return path
+
+
+def world_state(name: str, folder: Path = WORLD) -> dict[str, Tensor]:
+    """Weights of the trained family in float32, which costs nothing at this size.
+
+    Raises:
+        ValueError: see `world_file`.
+    """
+    with safe_open(world_file(name, folder), framework="pt") as file:
+        return {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
+
+
+def trained_family(folder: Path = WORLD) -> TinyFamily:
+    """The family that was trained on the tiny world.
+
+    Raises:
+        ValueError: see `world_file`.
+    """
+    model = host.load_diffusion_model(world_state("t2v", folder))
+    return TinyFamily(
+        model,
+        WorldTextEncoder(),
+        host.load_vae(world_state("vae", folder)),
+        load_guide_lora(world_file("guide_lora", folder), 1.0),
+        host.with_lora(model, world_state("proxy_lora", folder)),
+    )
+
+
+def random_family(seed: int) -> TinyFamily:
+    """A family of random weights, without LoRAs."""
+    model, text_encoder, vae = tiny_models(seed)
+    return TinyFamily(model, text_encoder, vae, None, model)

@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io
 
-from ..engine.tiny import tiny_models
-from .types import CATEGORY
+from ..engine.tiny import random_family, trained_family
+from .types import CATEGORY, GuideLoraType
 
 
 class AtlasVidTinyModels(io.ComfyNode):
@@ -13,8 +13,9 @@ class AtlasVidTinyModels(io.ComfyNode):
             node_id="AtlasVidTinyModels",
             display_name="AtlasVid Tiny Models",
             category=CATEGORY,
-            description="A small Wan, text encoder and VAE with random weights: they run every "
-            "AtlasVid workflow in minutes on any computer and make coloured noise.",
+            description="A Wan of 8 million parameters with its text encoder, VAE and LoRAs, "
+            "trained on drawings of hot-air balloons: they run every AtlasVid workflow in minutes "
+            "on any computer. A toy to show the method, not Wan's quality.",
             search_aliases=["test models", "demo models"],
             inputs=[
                 io.Int.Input(
@@ -22,16 +23,34 @@ class AtlasVidTinyModels(io.ComfyNode):
                     default=0,
                     min=0,
                     max=0xFFFFFFFF,
-                    tooltip="Seed of the random weights.",
+                    tooltip="Seed of the random weights; the trained ones do not need it.",
+                ),
+                io.Combo.Input(
+                    "weights",
+                    options=["trained", "random"],
+                    default="trained",
+                    optional=True,
+                    tooltip="trained: knows prompts such as: wide view of a red balloon drifting "
+                    "left over hills at noon. Colours: red, yellow, green, purple, white. Lands: "
+                    "hills, desert, snow. Times: noon, dusk, night. random: makes noise.",
                 ),
             ],
             outputs=[
                 io.Model.Output("model", tooltip="A small Wan 2.1 text-to-video model."),
                 io.Clip.Output("clip", tooltip="A small stand-in for the UMT5 text encoder."),
                 io.Vae.Output("vae", tooltip="A small Wan 2.1 VAE."),
+                GuideLoraType.Output(
+                    "guide_lora",
+                    tooltip="A LoRA for the guide_lora input of AtlasVid Hierarchical Attention; "
+                    "nothing with random weights.",
+                ),
+                io.Model.Output(
+                    "proxy_model", tooltip="The model with the LoRA that samples proxies."
+                ),
             ],
         )
 
     @classmethod
-    def execute(cls, seed) -> io.NodeOutput:
-        return io.NodeOutput(*tiny_models(seed))
+    def execute(cls, seed, weights="trained") -> io.NodeOutput:
+        family = trained_family() if weights == "trained" else random_family(seed)
+        return io.NodeOutput(*family)

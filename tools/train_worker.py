@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pack_loader import load_comfyui, load_pack
-from train import arguments
+from train import TINY, arguments
 
 SHOWN = 10
 """Steps between two lines."""
@@ -134,14 +134,15 @@ def run(options: Any, accelerator: Any, first: bool) -> None:
 def load_models(options: Any) -> tuple[Any, Any, Any]:
     """Model, text encoder and VAE, through ComfyUI's own loaders."""
     from atlasvid.engine import host
-    from atlasvid.engine.tiny import tiny_models
+    from atlasvid.engine.tiny import WorldTextEncoder, tiny_models
 
     if options.tiny:
         return tiny_models(options.seed)
-    files = options.model, options.text_encoder, options.vae
-    for file in files:
+    tiny = str(options.text_encoder) == TINY
+    for file in (options.model, options.vae, *(() if tiny else (options.text_encoder,))):
         require_whole(file)
-    model, text_encoder, vae = host.load_wan_files(*files)
+    text_encoder = WorldTextEncoder() if tiny else host.load_wan_text_encoder(options.text_encoder)
+    model, vae = host.load_wan_files(options.model, options.vae)
     if vae.first_stage_model is None:
         raise ValueError(f"{options.vae} is no VAE. Name Wan's: --vae wan_2.1_vae.safetensors")
     return model, text_encoder, vae

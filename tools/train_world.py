@@ -19,7 +19,7 @@ from pathlib import Path
 from comfy_server import has_accelerator
 from environment import COMFYUI, ROOT, SetupError, cache_folder, prepare, say, stop_on_errors
 
-WORKER = ROOT / "tools" / "world" / "worker.py"
+WORKER = Path(__file__).with_name("world_worker.py")
 STAGES = ("code", "clips", "model", "decoder", "encoder", "files", "proxy", "guide", "pack")
 SIDE_BY_SIDE = ({"model"}, {"decoder", "encoder"})
 

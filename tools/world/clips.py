@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scenes import FPS, SPAN, View, random_scene, random_view, render
 from torch import Tensor
+
+from .scenes import FPS, SPAN, View, random_scene, random_view, render
 
 WIDTH, HEIGHT, FRAMES = 192, 128, 17
 """Size of the clips that the family is trained on."""

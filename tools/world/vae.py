@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from latents import CHANNELS, LatentCode
 from torch import Tensor, nn
+
+from .latents import CHANNELS, LatentCode
 
 DIM = 8
 """Base channels of the VAE (0.9 M parameters; the real one has 96)."""

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+TOOLS = Path(__file__).resolve().parent
 
 import numpy as np
 import torch
-from clips import HEIGHT, WIDTH, random_clips, random_crop
-from latents import LatentCode, fit, psnr
 from pack_loader import load_comfyui, load_pack
-from sheets import save_sheet
 from torch import Tensor
 from tqdm import tqdm
+from world.clips import HEIGHT, WIDTH, random_clip, random_clips, random_crop
+from world.latents import LatentCode, fit, psnr
+from world.scenes import FPS
+from world.sheets import save_sheet
 
 SHARD = 100
 CLIP_SHARDS, PICTURE_SHARDS = 60, 60
@@ -115,8 +118,8 @@ def train_model(work: Work) -> None:
     """The diffusion model."""
     import comfy.ldm.wan.model
     import comfy.model_management
-    import dit
     from atlasvid.engine import host
+    from world import dit
 
     comfy.model_management.in_training = True  # RoPE with gradients
     if work.device.type == "cpu":
@@ -159,8 +162,8 @@ def train_half(half: str) -> Callable[[Work], None]:
     """The stage that trains the VAE's decoder or encoder; they share no weights."""
 
     def stage(work: Work) -> None:
-        import vae as training_vae
         from atlasvid.engine import host
+        from world import vae as training_vae
 
         recipe = training_vae.VaeRecipe(**({"steps": work.steps} if work.steps else {}))
         vae = host.build_wan_vae(training_vae.DIM).to(work.device)
@@ -188,8 +191,8 @@ def train_half(half: str) -> Callable[[Work], None]:
 
 def write_files(work: Work) -> None:
     """The base model and the VAE as the stock loaders take them, in half precision."""
-    import vae as training_vae
     from safetensors.torch import save_file
+    from world import vae as training_vae
 
     target = work.folder / "files"
     target.mkdir(exist_ok=True)
@@ -204,6 +207,112 @@ def write_files(work: Work) -> None:
     save_file(merged, target / "tiny_world_vae.safetensors", {"format": "pt"})
 
 
+@dataclass(frozen=True)
+class LoraStage:
+    """A LoRA that the pack's own trainer makes from drawn videos.
+
+    Args:
+        clips: drawn videos.
+        width, height, frames: of a video.
+        arguments: of tools/train.py.
+    """
+
+    clips: int
+    width: int
+    height: int
+    frames: int
+    steps: int
+    arguments: tuple[str, ...]
+
+
+LORAS = {
+    "proxy": LoraStage(
+        96,
+        WIDTH,
+        HEIGHT,
+        65,
+        1500,
+        ("--seconds", "4", "--accumulate", "4", "--learning-rate", "0.001"),
+    ),
+    "guide": LoraStage(
+        96,
+        3 * WIDTH,
+        3 * HEIGHT,
+        17,
+        600,
+        ("--seconds", "1", "--proxy-short-side", str(HEIGHT), "--learning-rate", "0.001"),
+    ),
+}
+
+
+def write_video(path: Path, clip: Tensor) -> None:
+    """A clip [3, T, H, W] in -1..1 as a nearly lossless MP4."""
+    import av
+
+    frames = ((clip + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0).numpy()
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=int(FPS), options={"crf": "4"})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def train_lora(name: str) -> Callable[[Work], None]:
+    """The stage that trains one of the LoRAs on drawn videos, with tools/train.py."""
+
+    def stage(work: Work) -> None:
+        recipe = LORAS[name]
+        folder = work.folder / f"videos_{name}"
+        folder.mkdir(exist_ok=True)
+        for i in tqdm(range(recipe.clips), desc=f"videos for {name}"):
+            path = folder / f"{i:04d}.mp4"
+            if path.with_suffix(".txt").exists():
+                continue
+            rng = np.random.default_rng(70_000 + i)
+            clip, caption = random_clip(rng, recipe.width, recipe.height, recipe.frames)
+            write_video(path, clip)
+            path.with_suffix(".txt").write_text(caption)
+        files = work.folder / "files"
+        command = [sys.executable, str(TOOLS / "train.py"), name, "--clips", str(folder)]
+        for flag, value in (
+            ("model", files / "tiny_world_t2v.safetensors"),
+            ("vae", files / "tiny_world_vae.safetensors"),
+            ("text-encoder", "tiny"),
+            ("width", recipe.width),
+            ("height", recipe.height),
+            ("steps", work.steps or recipe.steps),
+            ("shift", 2.5),
+            ("precision", "fp32"),
+            ("cuts-per-clip", 1),
+            ("save-every", 100),
+            ("name", f"tiny_world_{name}_lora"),
+            ("output", files),
+            ("work", work.folder / "loras"),
+        ):
+            command += [f"--{flag}", str(value)]
+        command += ["--cpu"] if work.device.type == "cpu" else []
+        subprocess.run([*command, *recipe.arguments], check=True)
+
+    return stage
+
+
+def pack(work: Work) -> None:
+    """The finished family in half precision, marked with the version that the pack reads."""
+    from atlasvid.engine.tiny import WORLD_VERSION
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    work.output.mkdir(parents=True, exist_ok=True)
+    for name in ("t2v", "vae", "proxy_lora", "guide_lora"):
+        file = f"tiny_world_{name}.safetensors"
+        with safe_open(work.folder / "files" / file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            state = {key: opened.get_tensor(key).half() for key in opened.keys()}  # noqa: SIM118
+        save_file(state, work.output / file, {**metadata, "tiny_world": WORLD_VERSION})
+
+
 STAGES: dict[str, Callable[[Work], None]] = {
     "code": fit_code,
     "clips": render_clips,
@@ -211,6 +320,9 @@ STAGES: dict[str, Callable[[Work], None]] = {
     "decoder": train_half("decoder"),
     "encoder": train_half("encoder"),
     "files": write_files,
+    "proxy": train_lora("proxy"),
+    "guide": train_lora("guide"),
+    "pack": pack,
 }
 
 
