@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TOOLS = Path(__file__).resolve().parent
-
 import numpy as np
 import torch
 from pack_loader import load_comfyui, load_pack
@@ -23,6 +21,7 @@ from world.latents import LatentCode, fit, psnr
 from world.scenes import FPS
 from world.sheets import save_sheet
 
+TOOLS = Path(__file__).resolve().parent
 SHARD = 100
 CLIP_SHARDS, PICTURE_SHARDS = 60, 60
 CROP, CROPS, CROP_BATCH = 96, 400, 4
