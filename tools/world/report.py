@@ -1,0 +1,148 @@
+"""Writes `benchmarks/quality.md` with its plot and contact sheet from the scores of an evaluation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from measure import RESULTS, markdown_table
+
+Rows = Mapping[tuple[str, str, int], Mapping[str, float]]
+
+MEASURES = {
+    "fidelity": ("fidelity to the proxy", "dB", "{:.1f}"),
+    "truth": ("to the truth", "dB", "{:.1f}"),
+    "detail": ("fine detail against the truth's", "dB", "{:+.1f}"),
+    "seam": ("step at window borders against elsewhere", "ratio", "{:.2f}"),
+    "drift": ("colour drift of windows", "grey levels", "{:.1f}"),
+    "warping": ("along the true flow, beyond the truth", "grey levels", "{:.1f}"),
+    "flicker": ("flicker, beyond the truth", "grey levels", "{:.1f}"),
+    "obeyed": ("colour as asked", "share", "{:.2f}"),
+    "objects": ("balloons", "count", "{:.2f}"),
+    "speed": ("speed against the truth's", "ratio", "{:.2f}"),
+    "stlpips": ("perceptual distance to the truth", "ST-LPIPS", "{:.3f}"),
+}
+TITLES = {
+    "main": "Three times the proxy's size, stride 4",
+    "proxies": "Sampled proxies: speed (0.09 to 0.13 heights per second are right) and number",
+}
+
+
+def write(rows: Rows) -> None:
+    """The report of all comparisons that the rows hold."""
+    names = list(dict.fromkeys(name for name, _, _ in rows))
+    parts = [_head()]
+    for name in names:
+        parts.append(f"## {TITLES.get(name, name)}\n\n{table(rows, name)}")
+    if "main" in names:
+        parts.append("![Fidelity and detail of every method](quality.png)")
+        plot(rows)
+    if (RESULTS / "quality_sheet.jpg").exists():
+        parts.append("![The middle frame of every method](quality_sheet.jpg)")
+    (RESULTS / "quality.md").write_text("\n\n".join(parts) + "\n", "utf-8")
+
+
+def _head() -> str:
+    return (
+        "# Quality, on a world whose truth is known\n\n"
+        "Made by `python tools/evaluate.py` with the tiny world's models (8 million parameters, "
+        "trained on drawings): they show the method and what its parts do, not Wan's quality. "
+        f"{date.today()}. Means over the same scenes and noise for every method, with 95 % "
+        "confidence intervals (Student's t); ten Euler steps, cfg 3."
+    )
+
+
+def methods_of(rows: Rows, name: str) -> list[str]:
+    return list(dict.fromkeys(method for kind, method, _ in rows if kind == name))
+
+
+def values(rows: Rows, name: str, method: str, measure: str) -> list[float]:
+    """Scores by seed, those that do not apply left out."""
+    found = (
+        scores.get(measure, math.nan)
+        for (kind, other, _), scores in sorted(rows.items(), key=lambda item: item[0][2])
+        if kind == name and other == method
+    )
+    return [value for value in found if math.isfinite(value)]
+
+
+def estimate(given: Iterable[float]) -> tuple[float, float]:
+    """Mean and half the width of its interval; NaN for none or one value."""
+    from atlasvid.engine.quality.statistics import mean_interval
+
+    given = list(given)
+    if len(given) < 2:
+        return (given[0] if given else math.nan), math.nan
+    mean, _, high = mean_interval(given)
+    return mean, high - mean
+
+
+def table(rows: Rows, name: str) -> str:
+    """One comparison: a row per method, a column per measure that it has."""
+    methods = methods_of(rows, name)
+    measured = [m for m in MEASURES if any(values(rows, name, method, m) for method in methods)]
+    header = ["method", "scenes", *(f"{MEASURES[m][0]} ({MEASURES[m][1]})" for m in measured)]
+    lines = []
+    for method in methods:
+        scenes = len({seed for kind, other, seed in rows if (kind, other) == (name, method)})
+        cells = [method, str(scenes)]
+        for m in measured:
+            mean, half = estimate(values(rows, name, method, m))
+            form = MEASURES[m][2]
+            spread = f" ± {form.replace('+', '').format(half)}" if math.isfinite(half) else ""
+            cells.append(form.format(mean) + spread if math.isfinite(mean) else "-")
+        lines.append(cells)
+    return markdown_table(header, lines)
+
+
+def plot(rows: Rows) -> None:
+    """Fidelity against fine detail, one point per method, with its intervals."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 6))
+    for method in methods_of(rows, "main"):
+        if method == "truth":
+            continue
+        (x, dx), (y, dy) = (
+            estimate(values(rows, "main", method, m)) for m in ("fidelity", "detail")
+        )
+        axes.errorbar(x, y, xerr=dx, yerr=dy, fmt="o", capsize=2)
+        axes.annotate(method, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.set_xlabel("fidelity to the proxy's low frequencies, dB")
+    axes.set_ylabel("fine detail against the truth's, dB (0 is right)")
+    figure.savefig(RESULTS / "quality.png", dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+def save_contact_sheet(files: list[Path], methods: list[str], target: Path) -> None:
+    """The middle frame of methods (columns) on scenes (rows), with their names."""
+    import matplotlib as mpl
+    import torch
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    scenes: list[dict[str, Any]] = [torch.load(file) for file in files]
+    shown = [m for m in methods if all(m in scene for scene in scenes)]
+    columns = min(4, len(shown))
+    across = math.ceil(len(shown) / columns)
+    size = (columns * 3.2, across * len(scenes) * 2.35)
+    figure, axes = plt.subplots(across * len(scenes), columns, figsize=size, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for i, method in enumerate(shown):
+        for j, scene in enumerate(scenes):
+            axis = axes[(i // columns) * len(scenes) + j][i % columns]
+            axis.imshow(scene[method].float().clamp(0, 1).numpy())
+            if j == 0:
+                axis.set_title(method, fontsize=9)
+    figure.tight_layout(pad=0.3)
+    figure.savefig(target, dpi=90, pil_kwargs={"quality": 88})
+    plt.close(figure)

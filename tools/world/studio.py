@@ -1,0 +1,247 @@
+"""Makes videos of the tiny world by every method that `tools/evaluate.py` compares.
+
+A method is judged on proxies of known truth: a scene is drawn at the proxy's size and rate and
+encoded, so that the target's truth is the same scene drawn at the target's size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .clips import HEIGHT, WIDTH
+from .scenes import FPS, SPAN, Scene, View, random_scene, render
+
+STEPS, PROXY_STEPS, CFG, SHIFT = 10, 16, 3.0, 3.0
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a target is made from a proxy.
+
+    Args:
+        kind: `branch` (the detail branch), `stock` (the model alone, at the target's size) or
+            `upscale` (the proxy resampled bicubically).
+        window: `trained size` or `compact`.
+        guide_weight: None for what `auto` gives, times `weight_factor`.
+        structure: strength of structure guidance; 0 leaves it out.
+        lora: whether the guide LoRA is used.
+    """
+
+    name: str
+    kind: str = "branch"
+    window: str = "trained size"
+    overlap: str = "shifted"
+    guide_noise: str = "matched"
+    guide_weight: float | None = None
+    weight_factor: float = 1.0
+    guide_margin: int = 0
+    structure: float = 1.0
+    structure_end: float = 0.6
+    denoise: float = 0.7
+    lora: bool = False
+    steps: int = STEPS
+
+
+@dataclass(frozen=True)
+class Case:
+    """A scene with the plan by which it is made, and its truth.
+
+    Args:
+        proxy: latent of the scene at the proxy's size, as the VAE encodes it.
+        proxy_frames: the same, decoded [F, h, w, 3].
+        truth: the scene at the target's size [T, H, W, 3].
+        times: of the target's frames, seconds.
+    """
+
+    scene: Scene
+    seed: int
+    plan: Any
+    proxy: Tensor
+    proxy_frames: Tensor
+    truth: Tensor
+    times: np.ndarray
+
+    @property
+    def view(self) -> View:
+        """The target's camera."""
+        return View(self.plan.width, self.plan.height)
+
+
+def as_images(video: Tensor) -> Tensor:
+    """[3, T, H, W] -> [T, H, W, 3]."""
+    return video.permute(1, 2, 3, 0).contiguous()
+
+
+class Studio:
+    """The trained family, ready to make cases and videos."""
+
+    def __init__(self, family: Any):
+        import comfy_extras.nodes_model_advanced as advanced
+
+        shifted = advanced.ModelSamplingSD3()
+        self.model = shifted.patch(family.model, SHIFT)[0]
+        self.proxy_model = shifted.patch(family.proxy_model, SHIFT)[0]
+        self.family, self.vae, self.text_encoder = family, family.vae, family.text_encoder
+
+    def plan(self, factor: int, stride: int, latents: int) -> Any:
+        """A plan of `factor` times the trained size, from a proxy of so many latent frames."""
+        from atlasvid.engine import host
+        from atlasvid.engine.plan import make_plan
+
+        seconds = 4 * stride * (latents - 1) / FPS
+        space = host.latent_space(self.model)
+        width, height = factor * WIDTH, factor * HEIGHT
+        return make_plan(space, width, height, max(seconds, 0.01), FPS, HEIGHT, stride)
+
+    def case(self, seed: int, plan: Any) -> Case:
+        """The scene of a seed: its proxy and its truth."""
+        rng = np.random.default_rng(500_000 + seed)
+        scene = random_scene(rng)
+        start = rng.uniform(0.5, SPAN - 0.5 - (plan.frames - 1) / FPS)
+        times = start + np.arange(plan.frames) / FPS
+        small = View(plan.proxy_width, plan.proxy_height)
+        drawn = as_images(render(scene, small, times[:: plan.temporal_stride]))
+        proxy = self.vae.encode(drawn)
+        large = View(plan.width, plan.height)
+        return Case(
+            scene,
+            seed,
+            plan,
+            proxy,
+            self.decode(proxy),
+            as_images(render(scene, large, times)),
+            times,
+        )
+
+    def conditioning(self, prompt: str) -> list:
+        encode = self.text_encoder.encode_from_tokens_scheduled
+        return [encode(self.text_encoder.tokenize(text)) for text in (prompt, "")]
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Frames [T, H, W, 3] of a latent."""
+        from atlasvid.engine.vae.decode import decode_images
+
+        return decode_images(self.vae, latent)[0]
+
+    def sample(
+        self, model: Any, prompt: str, latent: Tensor, steps: int, denoise: float, seed: int
+    ) -> Tensor:
+        """What the stock sampler makes of a latent."""
+        import comfy.sample
+
+        noise = comfy.sample.prepare_noise(latent, seed)
+        return comfy.sample.sample(
+            model,
+            noise,
+            steps,
+            CFG,
+            "euler",
+            "simple",
+            *self.conditioning(prompt),
+            latent,
+            denoise=denoise,
+            seed=seed,
+            disable_pbar=True,
+        )
+
+    def proxy(self, plan: Any, prompt: str, seed: int, scaled: bool, lora: bool) -> Tensor:
+        """A proxy latent by sampling, with or without scaled RoPE and its LoRA."""
+        from atlasvid.engine.rope import apply_rope_method
+
+        model = self.proxy_model if lora else self.model
+        if scaled:
+            model = apply_rope_method(model, "linear", float(plan.temporal_stride), 1.0, plan)
+        empty = torch.zeros(1, plan.space.channels, *plan.proxy_latent)
+        return self.sample(model, prompt, empty, PROXY_STEPS, 1.0, seed)
+
+    def branch(self, case_plan: Any, proxy: Tensor, method: Method) -> Any:
+        """The model with the detail branch of a method."""
+        from atlasvid.engine.detail import apply_detail_branch
+        from atlasvid.engine.guidance import apply_structure_guidance
+        from atlasvid.engine.settings import preset_guide_weight, preset_window
+        from atlasvid.engine.windows import COMPACT
+
+        window = preset_window(method.window, case_plan, COMPACT)
+        keys = case_plan.keys_per_query(window, method.guide_margin)
+        lora = self.family.guide_lora if method.lora else None
+        weight = method.guide_weight
+        if weight is None:
+            weight = method.weight_factor * preset_guide_weight("auto", lora, *keys)
+        model = apply_detail_branch(
+            self.model,
+            case_plan,
+            proxy,
+            window,
+            method.guide_noise,
+            overlap=method.overlap,
+            guide_weight=weight,
+            guide_margin=method.guide_margin,
+            guide_lora=lora,
+        )
+        if method.structure:
+            model = apply_structure_guidance(
+                model, case_plan, proxy, method.structure, method.structure_end
+            )
+        return model
+
+    def make(self, case: Case, method: Method) -> Tensor:
+        """The frames [T, H, W, 3] of a method."""
+        return self.render(case.plan, case.proxy, case.scene.prompt, case.seed, method)
+
+    def render(self, plan: Any, proxy: Tensor, prompt: str, seed: int, method: Method) -> Tensor:
+        """The frames of a method from any proxy latent."""
+        from atlasvid.engine.latents import upscale_proxy
+
+        if method.kind == "upscale":
+            return upscaled(self.decode(proxy), plan)
+        model = self.model if method.kind == "stock" else self.branch(plan, proxy, method)
+        start = upscale_proxy(proxy, plan)
+        return self.decode(self.sample(model, prompt, start, method.steps, method.denoise, seed))
+
+
+def upscaled(frames: Tensor, plan: Any) -> Tensor:
+    """A proxy's frames resampled to the target: bicubically in space, linearly in time."""
+    large = F.interpolate(
+        frames.movedim(-1, 1), (plan.height, plan.width), mode="bicubic", antialias=True
+    )
+    times = torch.arange(plan.frames) / plan.temporal_stride
+    low = times.floor().long().clamp(max=len(frames) - 1)
+    high = (low + 1).clamp(max=len(frames) - 1)
+    share = (times - low).view(-1, 1, 1, 1)
+    return (large[low] * (1 - share) + large[high] * share).clamp(0, 1).movedim(1, -1)
+
+
+DEFAULT = Method("the shipped default")
+METHODS = (
+    Method("proxy up-scaled", kind="upscale"),
+    Method("stock model at full size", kind="stock", structure=0, denoise=1.0),
+    replace(DEFAULT, name="windows alone", guide_weight=0, structure=0, denoise=1.0),
+    replace(DEFAULT, name="guide, weight 1", guide_weight=1, structure=0, denoise=1.0),
+    replace(DEFAULT, name="guide", structure=0, denoise=1.0),
+    replace(DEFAULT, name="guide, clean", guide_noise="clean", structure=0, denoise=1.0),
+    replace(DEFAULT, name="guide, weight x 4", weight_factor=4, structure=0, denoise=1.0),
+    replace(DEFAULT, name="guide, margin 2", guide_margin=2, structure=0, denoise=1.0),
+    replace(DEFAULT, name="guide and structure", denoise=1.0),
+    replace(DEFAULT, name="structure alone", guide_weight=0, denoise=1.0),
+    DEFAULT,
+    replace(DEFAULT, name="default, weight 1", guide_weight=1),
+    replace(DEFAULT, name="default, no guide", guide_weight=0),
+    replace(DEFAULT, name="default, no structure", structure=0),
+    replace(DEFAULT, name="default, clean", guide_noise="clean"),
+    replace(DEFAULT, name="default, sliding", overlap="sliding"),
+    replace(DEFAULT, name="default, compact", window="compact"),
+    Method(
+        "guide LoRA, compact, from noise",
+        window="compact",
+        guide_noise="clean",
+        structure=0,
+        denoise=1.0,
+        lora=True,
+    ),
+)  # fmt: skip
