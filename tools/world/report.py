@@ -1,4 +1,4 @@
-"""Writes `benchmarks/quality.md` with its plot and contact sheet from the scores of an evaluation."""
+"""Writes `benchmarks/quality.md` with its plot and contact sheet from an evaluation's scores."""
 
 from __future__ import annotations
 
