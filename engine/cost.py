@@ -13,7 +13,7 @@ from itertools import pairwise
 from .grid import Grid
 from .memory import CHUNK, Workload, wanted_bytes
 from .plan import Plan
-from .windows import GuideAlignment, SlidingWindows, cuts
+from .windows import SlidingWindows, cuts
 
 TEXT_WIDTH = 4096
 TEXT_TOKENS = 512
@@ -146,6 +146,7 @@ class Settings:
     """Evaluations of the model: steps times conditionings."""
     detail_evaluations: int = 40
     streamed_decode: bool = True
+    guide_margin: int = 0
 
 
 # --- Work ------------------------------------------------------------------------------------
@@ -167,11 +168,9 @@ def window_pairs(grid: Grid, window: Grid, overlap: str) -> float:
     return (pairs(False) + pairs(True)) / 2
 
 
-def guide_keys(plan: Plan, window: Grid) -> int:
+def guide_keys(plan: Plan, window: Grid, guide_margin: int = 0) -> int:
     """Guide tokens that every query reads."""
-    window = window.clipped(plan.tokens)
-    alignment = GuideAlignment(plan.tokens, plan.proxy_tokens, plan.temporal_stride, window)
-    return alignment.count.count
+    return plan.keys_per_query(window, guide_margin)[1]
 
 
 def forward_work(
@@ -209,7 +208,7 @@ def detail_work(shape: ModelShape, plan: Plan, settings: Settings, element_bytes
     """One evaluation of the target's tokens, without the guide stream."""
     tokens = plan.tokens.count
     pairs = window_pairs(plan.tokens, settings.window, settings.overlap)
-    pairs += tokens * guide_keys(plan, settings.window)
+    pairs += tokens * guide_keys(plan, settings.window, settings.guide_margin)
     return forward_work(shape, tokens, pairs, element_bytes, math.ceil(tokens / CHUNK))
 
 
@@ -254,7 +253,7 @@ def memory(shape: ModelShape, plan: Plan, settings: Settings, machine: Machine) 
         tokens=plan.tokens.count,
         guide_tokens=plan.proxy_tokens.count,
         ring_tokens=SlidingWindows(plan.tokens, window).ring.count if sliding else 0,
-        window_keys=window.count + guide_keys(plan, window),
+        window_keys=window.count + guide_keys(plan, window, settings.guide_margin),
         keep_guide=settings.guide_noise == "clean",
     )
     latent = plan.latent.count * plan.space.channels * 4
