@@ -44,7 +44,9 @@ def weighted_attention(
         )
     by_head = [each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in tensors]
     attend = _attention_with_sums(*by_head[:3])
-    if attend is None:
+    # The sums have no gradient. Of a first block's tensors only the guide's need one.
+    learning = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
+    if attend is None or learning:
         return _biased(q, k, v, guide, heads, weight)
     return _merged(attend, by_head, weight).transpose(1, 2).flatten(-2)
 
@@ -61,10 +63,8 @@ def _merged(attend: Attend, by_head: list[Tensor], weight: float) -> Tensor:
 def _attention_with_sums(q: Tensor, k: Tensor, v: Tensor) -> Attend | None:
     """A kernel from q, k, v [n, heads, L, d] to the output and log sums [n, heads, L] in float32.
 
-    None where there is none, or none that autograd can pass: the sums have no gradient.
+    None where PyTorch has none for such tensors.
     """
-    if torch.is_grad_enabled() and any(each.requires_grad for each in (q, k, v)):
-        return None
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     if q.device.type == "cuda":

@@ -100,11 +100,13 @@ def test_more_windows_than_a_kernel_takes_are_split(way, monkeypatch):
     assert torch.allclose(weighted_attention(*given_tensors, HEADS, 8.0), whole, atol=1e-6)
 
 
-def test_the_gradient_is_that_of_the_keys_repeated():
+@pytest.mark.parametrize("learned", [slice(0, 5), slice(3, 5), slice(0, 1)])
+def test_the_gradient_is_that_of_the_keys_repeated(learned):
+    """Also where only the guide's keys and values have one, as in a first block."""
     results = []
     for times in (1, 3):
         q, k, v, guide = tensors(2, 8, 9, 4)
-        leaves = [each.requires_grad_() for each in (q, k, v, *guide)]
+        leaves = [each.requires_grad_() for each in (q, k, v, *guide)[learned]]
         own = tuple(torch.cat([each] * times, 1) for each in guide)
         out = weighted_attention(q, k, v, own, HEADS, 3 / times)
         results.append(torch.autograd.grad(out.square().sum(), leaves))
