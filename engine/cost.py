@@ -26,7 +26,8 @@ STREAMED_FRAMES = 8
 """Frames in float32 that a streamed decode holds: a latent frame's four and the next four."""
 TOKEN_PASSES = 70
 """Times that a block reads or writes a token between its matrices, counted on a real forward:
-norms, rotations, modulation, residuals, gather, scatter. A feed-forward's activation adds four."""
+norms, rotations, modulation, residuals, gather, scatter. A feed-forward's activation adds four.
+With a guide weight two results are merged, but keys and values need not be joined: no more."""
 OVERHEAD = 1.15
 """A forward takes longer than its layers alone: launches, smaller boxes at borders, less in cache.
 The middle of what `python tools/bench.py cost` showed without it."""

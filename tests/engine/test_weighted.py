@@ -24,11 +24,11 @@ def way(request, monkeypatch):
     return request.param
 
 
-def tensors(windows, queries, keys, guide_keys, dtype=torch.float32, seed=0):
+def tensors(windows, queries, keys, guide_keys, dtype=torch.float32, seed=0, device="cpu"):
     sizes = (queries, keys, keys, guide_keys, guide_keys)
     made = [rand(windows, n, HEADS * DIM, seed=seed + i) for i, n in enumerate(sizes)]
     made[0] *= 2  # so that some keys matter more than others
-    q, k, v, guide_k, guide_v = (each.to(dtype) for each in made)
+    q, k, v, guide_k, guide_v = (each.to(device, dtype) for each in made)
     return q, k, v, (guide_k, guide_v)
 
 
@@ -67,7 +67,7 @@ def test_a_weight_follows_its_formula(weight, shape, seed):
 @pytest.mark.parametrize("weight", WEIGHTS)
 def test_half_precision_costs_no_more_than_without_a_weight(way, weight):
     """A relative mean error: two results that are rounded and mixed, instead of one rounded."""
-    q, k, v, guide = tensors(4, 64, 200, 30, torch.bfloat16)
+    q, k, v, guide = tensors(4, 64, 200, 30, torch.bfloat16, device=host.compute_device())
     ours = weighted_attention(q, k, v, guide, HEADS, weight)
     more_k, more_v = torch.cat([k, guide[0]], 1), torch.cat([v, guide[1]], 1)
     plain = host.attention_function("pytorch")(q, more_k, more_v, HEADS)
