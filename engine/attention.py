@@ -19,6 +19,9 @@ CHECKED_QUERIES = 4_096
 TOLERANCE = 0.1
 """Largest relative L1 error of a kernel; SageAttention reports below 0.05 for its 8-bit ones."""
 
+PLAIN = ("pytorch", "sub_quad", "split")
+"""ComfyUI's attentions that compute the same as PyTorch's, at other speeds."""
+
 _verdicts: dict[tuple, bool] = {}
 
 
@@ -50,6 +53,20 @@ def override_for(backend: str, device: torch.device) -> Callable | None:
     if name in QUANTISED:
         return lambda chosen, *args, **kwargs: verified(name, chosen, *args, **kwargs)
     return None
+
+
+def say_if_passed_over(backend: str) -> None:
+    """Say that a chosen kernel is not used where guide keys have a weight: none but PyTorch's can.
+
+    Another's head sizes are fixed, and it does not give the sums that `engine.weighted` needs.
+    """
+    name = host.started_attention() if backend == AUTO else backend
+    if name not in PLAIN:
+        logging.warning(
+            "AtlasVid: windows use PyTorch's attention, as %s cannot weight the guide's keys; "
+            "with guide_weight 1 it is used",
+            name,
+        )
 
 
 def verified(

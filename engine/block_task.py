@@ -14,6 +14,7 @@ from .grid import Grid
 from .ring import Ring
 from .sparsity import keep_blocks
 from .tokens import Tokens
+from .weighted import weighted_attention
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class BlockTask:
         guide: unrotated keys and values of the guide [L_g, C], or None.
         chunk: tokens to evaluate at a time.
         ring: what sliding windows need.
+        guide_weight: how often each of the guide's keys counts, above 0.
     """
 
     block: Any
@@ -41,6 +43,7 @@ class BlockTask:
     keep_blocks: int = 0
     parts: blocks.Parts = field(default_factory=blocks.Parts)
     ring: Ring | None = None
+    guide_weight: float = 1.0
 
     def read(self, index: Tensor) -> tuple[Tensor, blocks.Modulation]:
         """Tokens [1, n, C] at raster indices [n], and their modulation."""
@@ -68,10 +71,16 @@ class BlockTask:
         """
         if self.keep_blocks:
             k, v = keep_blocks(q, k, v, self.heads, size, self.keep_blocks)
-        if guide is not None:
-            k, v = torch.cat([k, guide[0]], dim=1), torch.cat([v, guide[1]], dim=1)
-        out = host.attention(q, k, v, self.heads, self.options)
-        for patch in self.options.get("patches", {}).get("attn1_patch", ()):
+        patches = self.options.get("patches", {}).get("attn1_patch", ())
+        if guide is not None and self.guide_weight != 1:
+            out = weighted_attention(q, k, v, guide, self.heads, self.guide_weight)
+            if patches:
+                k = torch.cat([k, guide[0]], dim=1)
+        else:
+            if guide is not None:
+                k, v = torch.cat([k, guide[0]], dim=1), torch.cat([v, guide[1]], dim=1)
+            out = host.attention(q, k, v, self.heads, self.options)
+        for patch in patches:
             out = patch({"x": out, "q": q, "k": k, "transformer_options": self.options})
         return out.reshape(1, -1, out.shape[-1])
 

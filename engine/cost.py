@@ -13,7 +13,7 @@ from itertools import pairwise
 from .grid import Grid
 from .memory import CHUNK, Workload, wanted_bytes
 from .plan import Plan
-from .windows import GuideAlignment, SlidingWindows, cuts
+from .windows import SlidingWindows, cuts
 
 TEXT_WIDTH = 4096
 TEXT_TOKENS = 512
@@ -26,7 +26,8 @@ STREAMED_FRAMES = 8
 """Frames in float32 that a streamed decode holds: a latent frame's four and the next four."""
 TOKEN_PASSES = 70
 """Times that a block reads or writes a token between its matrices, counted on a real forward:
-norms, rotations, modulation, residuals, gather, scatter. A feed-forward's activation adds four."""
+norms, rotations, modulation, residuals, gather, scatter. A feed-forward's activation adds four.
+With a guide weight two results are merged, but keys and values need not be joined: no more."""
 OVERHEAD = 1.15
 """A forward takes longer than its layers alone: launches, smaller boxes at borders, less in cache.
 The middle of what `python tools/bench.py cost` showed without it."""
@@ -146,6 +147,7 @@ class Settings:
     """Evaluations of the model: steps times conditionings."""
     detail_evaluations: int = 40
     streamed_decode: bool = True
+    guide_margin: int = 0
 
 
 # --- Work ------------------------------------------------------------------------------------
@@ -167,11 +169,9 @@ def window_pairs(grid: Grid, window: Grid, overlap: str) -> float:
     return (pairs(False) + pairs(True)) / 2
 
 
-def guide_keys(plan: Plan, window: Grid) -> int:
+def guide_keys(plan: Plan, window: Grid, guide_margin: int = 0) -> int:
     """Guide tokens that every query reads."""
-    window = window.clipped(plan.tokens)
-    alignment = GuideAlignment(plan.tokens, plan.proxy_tokens, plan.temporal_stride, window)
-    return alignment.count.count
+    return plan.keys_per_query(window, guide_margin)[1]
 
 
 def forward_work(
@@ -209,7 +209,7 @@ def detail_work(shape: ModelShape, plan: Plan, settings: Settings, element_bytes
     """One evaluation of the target's tokens, without the guide stream."""
     tokens = plan.tokens.count
     pairs = window_pairs(plan.tokens, settings.window, settings.overlap)
-    pairs += tokens * guide_keys(plan, settings.window)
+    pairs += tokens * guide_keys(plan, settings.window, settings.guide_margin)
     return forward_work(shape, tokens, pairs, element_bytes, math.ceil(tokens / CHUNK))
 
 
@@ -254,7 +254,7 @@ def memory(shape: ModelShape, plan: Plan, settings: Settings, machine: Machine) 
         tokens=plan.tokens.count,
         guide_tokens=plan.proxy_tokens.count,
         ring_tokens=SlidingWindows(plan.tokens, window).ring.count if sliding else 0,
-        window_keys=window.count + guide_keys(plan, window),
+        window_keys=window.count + guide_keys(plan, window, settings.guide_margin),
         keep_guide=settings.guide_noise == "clean",
     )
     latent = plan.latent.count * plan.space.channels * 4

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import host
-from .attention import override_for
+from .attention import override_for, say_if_passed_over
 from .forward import DetailForward, workload
 from .grid import Grid
 from .latents import require_proxy
@@ -17,7 +17,13 @@ from .lora import GuideLora
 from .memory import AUTO, parse_budget, room_to_ask_for
 from .plan import Plan
 from .run import KEY, open_run, run_of
-from .settings import GUIDE_NOISE, OVERLAPS, DetailSettings, require_choice
+from .settings import (
+    GUIDE_NOISE,
+    OVERLAPS,
+    DetailSettings,
+    preset_guide_weight,
+    require_choice,
+)
 
 
 def apply_detail_branch(
@@ -33,6 +39,8 @@ def apply_detail_branch(
     attention: str = AUTO,
     keep_blocks: int = 0,
     guide_lora: GuideLora | None = None,
+    guide_weight: str | float = 1.0,
+    guide_margin: int = 0,
 ) -> Any:
     """A clone of `model` that samples the plan's target with the detail branch.
 
@@ -47,10 +55,14 @@ def apply_detail_branch(
         attention: kernel, see `engine.attention`.
         keep_blocks: blocks of 128 keys that a window reads, 0 for all (FlashVSR's sparsity).
         guide_lora: acts on the guide's tokens only.
+        guide_weight: how often each of the guide's keys counts in the softmax; 0 leaves the proxy
+            out. `auto`: see `preset_guide_weight`.
+        guide_margin: guide tokens that a window reads on every side beside its aligned ones; the
+            whole guide where that is more than there are.
 
     Raises:
-        ValueError: unsupported model, another latent space than the plan's, or a proxy or a guide
-            LoRA that does not match the plan or the model.
+        ValueError: unsupported model, another latent space than the plan's, a proxy or a guide
+            LoRA that does not match the plan or the model, or a value that is not allowed.
     """
     _require_same_space(model, plan)
     require_choice("overlap", overlap, OVERLAPS)
@@ -59,6 +71,10 @@ def apply_detail_branch(
         raise ValueError(
             f"start_percent {start_percent} is after end_percent {end_percent}; swap them."
         )
+    if guide_margin < 0:
+        raise ValueError(f"guide_margin is {guide_margin}; give 0 or more guide tokens.")
+    keys = plan.keys_per_query(window, guide_margin)
+    weight = preset_guide_weight(guide_weight, guide_lora, *keys)
     if proxy is not None:
         require_proxy(proxy, plan)
         proxy = host.process_latent_in(model, proxy.cpu().float())
@@ -66,8 +82,12 @@ def apply_detail_branch(
         if proxy is None:
             raise ValueError("A guide LoRA acts on the guide: connect the sampled proxy too.")
         guide_lora.changes_of(model.model.diffusion_model)
-        guide_lora.warn_of_mismatch(plan.temporal_stride, window, guide_noise)
+        guide_lora.warn_of_mismatch(plan.temporal_stride, window, guide_noise, weight)
     override_for(attention, model.load_device)  # a kernel that is not installed is refused here
+    if weight == 0:  # what nobody reads need not be computed
+        proxy = guide_lora = None
+    if proxy is not None and weight != 1:
+        say_if_passed_over(attention)
     settings = DetailSettings(
         plan=plan,
         window=window.clipped(plan.tokens),
@@ -80,6 +100,8 @@ def apply_detail_branch(
         attention=attention,
         keep_blocks=keep_blocks,
         guide_lora=guide_lora,
+        guide_weight=weight,
+        guide_margin=guide_margin,
     )
     branch, clone = DetailBranch(settings), model.clone()
     for kind, wrapper in (

@@ -28,7 +28,7 @@ from .settings import DetailSettings
 from .shifted import ShiftedAttention
 from .sliding import SlidingAttention
 from .tokens import DeviceTokens, HostTokens, Tokens
-from .windows import GuideAlignment, ShiftedWindows, SlidingWindows
+from .windows import ShiftedWindows, SlidingWindows
 
 
 def workload(
@@ -46,7 +46,7 @@ def workload(
         tokens=batch * plan.tokens.count,
         guide_tokens=batch * plan.proxy_tokens.count if guided else 0,
         ring_tokens=ring,
-        window_keys=sum(plan.keys_per_query(window)),
+        window_keys=sum(plan.keys_per_query(window, settings.guide_margin)),
         keep_guide=keep_guide and settings.guide_noise == "clean",
     )
 
@@ -316,6 +316,7 @@ class DetailForward:
                 self.settings.keep_blocks,
                 self.run.parts,
                 ring,
+                self.settings.guide_weight,
             )
             self.attention.evaluate(task, index)
             store.settle()
@@ -326,7 +327,7 @@ class DetailForward:
         rope = RopeAxes(self.model.rope_embedder, self.options.get("rope_options") or {})
         alignment = None
         if self.settings.proxy is not None:
-            alignment = GuideAlignment(plan.tokens, plan.proxy_tokens, plan.temporal_stride, window)
+            alignment = plan.alignment(window, self.settings.guide_margin)
         if self.settings.overlap == "sliding":
             return SlidingAttention(SlidingWindows(plan.tokens, window), alignment, rope)
         return ShiftedAttention(ShiftedWindows(plan.tokens, window), alignment, rope)

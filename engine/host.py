@@ -142,6 +142,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, options: dict) -> Ten
     )
 
 
+def biased_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor) -> Tensor:
+    """PyTorch's attention with a bias added to the logits, whatever the start flags chose.
+
+    q [B, Lq, C], k and v [B, Lk, C], bias broadcast to [B, heads, Lq, Lk] -> [B, Lq, C].
+    """
+    return comfy.ldm.modules.attention.attention_pytorch(q, k, v, heads=heads, mask=bias)
+
+
 def attention_function(name: str) -> Callable | None:
     """One of ComfyUI's registered attentions by name, or None where it is not installed."""
     return comfy.ldm.modules.attention.get_attention_function(name, None)

@@ -290,7 +290,9 @@ class GuideLora:
             )
         return found
 
-    def warn_of_mismatch(self, stride: int, window: Grid, guide_noise: str) -> None:
+    def warn_of_mismatch(
+        self, stride: int, window: Grid, guide_noise: str, guide_weight: float
+    ) -> None:
         """Say which of the node's settings differ from those that the LoRA was trained with."""
         recipe = self.file.recipe
         if recipe is None:
@@ -299,6 +301,7 @@ class GuideLora:
             ("temporal_stride", stride, recipe.temporal_stride),
             ("window", window, recipe.window or window),
             ("guide_noise", guide_noise, recipe.guide_noise or guide_noise),
+            ("guide_weight", guide_weight, recipe.trained_guide_weight),
         )
         for name, used, trained in settings:
             if used != trained:

@@ -116,7 +116,7 @@ def figures(
     """Rows (label, value) and what will not fit."""
     element = machine.element_bytes
     own = settings.window.clipped(plan.tokens).count
-    guide = cost.guide_keys(plan, settings.window)
+    guide = cost.guide_keys(plan, settings.window, settings.guide_margin)
     detail = cost.detail_work(shape, plan, settings, element)
     full = cost.full_attention_work(shape, plan, element)
     need = cost.memory(shape, plan, settings, machine)
@@ -262,6 +262,7 @@ def _settings(query: Mapping[str, str], plan: Plan) -> Settings:
         int(_number(query, "proxy_evaluations", str(standard.proxy_evaluations))),
         int(_number(query, "detail_evaluations", str(standard.detail_evaluations))),
         query.get("streamed", "1") == "1",
+        int(_number(query, "guide_margin", "0")),
     )
 
 

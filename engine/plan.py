@@ -62,11 +62,19 @@ class Plan:
         scale = self.space.spatial
         return Grid((frames - 1) // self.space.temporal + 1, height // scale, width // scale)
 
-    def keys_per_query(self, window: Grid) -> tuple[int, int]:
+    def alignment(self, window: Grid, guide_margin: int = 0) -> GuideAlignment:
+        """Which of the guide's tokens windows of this size read, `guide_margin` more on each side.
+
+        `window` is not larger than the target's grid.
+        """
+        return GuideAlignment(
+            self.tokens, self.proxy_tokens, self.temporal_stride, window, guide_margin
+        )
+
+    def keys_per_query(self, window: Grid, guide_margin: int = 0) -> tuple[int, int]:
         """Keys that a query of a full window reads: (of its window, of the guide)."""
         window = window.clipped(self.tokens)
-        guide = GuideAlignment(self.tokens, self.proxy_tokens, self.temporal_stride, window)
-        return window.count, guide.count.count
+        return window.count, self.alignment(window, guide_margin).count.count
 
     def describe(self) -> str:
         """The plan in words: sizes, what was rounded, tokens and keys per query."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,6 +58,13 @@ class Recipe:
     base: BaseShape
     steps: int
     version: str
+    guide_weight: float | None = None
+    """How often each of the guide's keys counted; None for stage proxy and in older files."""
+
+    @property
+    def trained_guide_weight(self) -> float:
+        """The guide weight of its training, which was 1 before there was a choice."""
+        return 1.0 if self.guide_weight is None else self.guide_weight
 
     def to_metadata(self) -> dict[str, str]:
         """For a safetensors header."""
@@ -76,6 +84,9 @@ class Recipe:
             fields = json.loads(text)
             window = fields.pop("window")
             base = BaseShape(**fields.pop("base"))
+            weight = fields.get("guide_weight")
+            if weight is not None and not (math.isfinite(weight) and weight > 0):
+                raise ValueError(f"guide_weight is {weight}")
             return cls(window=Grid(*window) if window else None, base=base, **fields)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(

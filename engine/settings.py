@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from .grid import Grid
 from .lora import GuideLora
+from .memory import AUTO
 from .plan import Plan
 from .windows import COMPACT, trained_size
 
@@ -43,6 +45,10 @@ class DetailSettings:
     keep_blocks: int = 0
     """Blocks of 128 keys that a window reads, 0 for all."""
     guide_lora: GuideLora | None = None
+    guide_weight: float = 1.0
+    """How often each of the guide's keys counts in the softmax, above 0."""
+    guide_margin: int = 0
+    """Guide tokens that a window reads on every side beside its aligned ones."""
 
     @property
     def is_always_active(self) -> bool:
@@ -87,3 +93,48 @@ def preset_guide_noise(guide_noise: str, guide_lora: GuideLora | None) -> str:
         return "matched"
     recipe = guide_lora.file.recipe
     return (recipe and recipe.guide_noise) or "clean"
+
+
+def auto_guide_weight(window_keys: int, guide_keys: int) -> float:
+    """A weight for a model that was not trained to read the guide: as much as the window's own."""
+    return max(1.0, window_keys / guide_keys)
+
+
+def preset_guide_weight(
+    guide_weight: str | float, guide_lora: GuideLora | None, window_keys: int, guide_keys: int
+) -> float:
+    """How often each of the guide's keys counts in the softmax; 0: they are not read.
+
+    `auto` is what the guide LoRA was trained with; without one it follows the keys that a query
+    reads of its window and of the guide.
+
+    Raises:
+        ValueError: see `parse_guide_weight`.
+    """
+    weight = parse_guide_weight(guide_weight)
+    if weight is not None:
+        return weight
+    if guide_lora is None:
+        return auto_guide_weight(window_keys, guide_keys)
+    recipe = guide_lora.file.recipe
+    return recipe.trained_guide_weight if recipe else 1.0
+
+
+def parse_guide_weight(guide_weight: str | float) -> float | None:
+    """A guide weight as it was written; None for "auto".
+
+    Raises:
+        ValueError: it is neither that nor a finite number of at least 0.
+    """
+    if str(guide_weight).strip() == AUTO:
+        return None
+    try:
+        weight = float(guide_weight)
+    except (TypeError, ValueError):
+        weight = math.nan
+    if not (math.isfinite(weight) and weight >= 0):
+        raise ValueError(
+            f'guide_weight is {guide_weight!r}; write "auto" or a number from 0 on, such as 8: '
+            "1 is plain attention, more follows the proxy more closely, 0 leaves it out."
+        )
+    return weight

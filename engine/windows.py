@@ -143,12 +143,16 @@ class GuideAlignment:
     A window reads the guide tokens inside itself grown by one guide token on every side: per axis
     floor(window / spacing) + 2 of them, those nearest to the window's centre. The count is the
     same for every window, also for the smaller boxes at the border, so windows can be batched.
+
+    Args:
+        margin: guide tokens more on every side, as far as the guide reaches.
     """
 
     target: Grid
     guide: Grid
     temporal_stride: int
     window: Grid
+    margin: int = 0
 
     @cached_property
     def positions(self) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
@@ -175,7 +179,7 @@ class GuideAlignment:
         """Guide tokens that every window reads, per axis."""
         return Grid(
             *(
-                min(n, int(w // s) + 2)
+                min(n, int(w // s) + 2 + 2 * self.margin)
                 for n, w, s in zip(self.guide, self.window, self.spacing, strict=True)
             )
         )

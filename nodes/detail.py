@@ -7,6 +7,7 @@ from ..engine.detail import apply_detail_branch
 from ..engine.grid import Grid
 from ..engine.guidance import apply_structure_guidance
 from ..engine.latents import require_proxy, upscale_proxy
+from ..engine.memory import AUTO
 from ..engine.settings import GUIDE_NOISE, OVERLAPS, preset_guide_noise, preset_window
 from .types import CATEGORY, GuideLoraType, PlanType, memory_budget_input
 
@@ -137,6 +138,25 @@ class AtlasVidHierarchicalAttention(io.ComfyNode):
                     tooltip="Blocks of 128 keys that a window reads, the most relevant ones; "
                     "saves time in large windows. 0 reads all: exact.",
                 ),
+                io.String.Input(
+                    "guide_weight",
+                    default=AUTO,
+                    optional=True,
+                    tooltip="How much the target follows the proxy: each of the guide's keys "
+                    "counts so many times. auto: what the guide LoRA was trained with; without "
+                    "one, as much as the window's own keys. 1 is plain attention, 0 leaves the "
+                    "proxy out.",
+                ),
+                io.Int.Input(
+                    "guide_margin",
+                    default=0,
+                    min=0,
+                    max=512,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Guide tokens that a window reads on every side beside those that "
+                    "show its own place and time. A large number reads the whole proxy: slower.",
+                ),
                 io.Latent.Input(
                     "proxy",
                     optional=True,
@@ -165,6 +185,8 @@ class AtlasVidHierarchicalAttention(io.ComfyNode):
         memory_budget="auto",
         attention="auto",
         keep_blocks=0,
+        guide_weight=AUTO,
+        guide_margin=0,
         proxy=None,
         guide_lora=None,
     ) -> io.NodeOutput:
@@ -186,6 +208,8 @@ class AtlasVidHierarchicalAttention(io.ComfyNode):
                 attention,
                 keep_blocks,
                 guide_lora,
+                guide_weight,
+                guide_margin,
             )
         )
 

@@ -132,6 +132,16 @@ class AtlasVidTrainLoRA(io.ComfyNode):
                     tooltip="Go on from a stopped run of this name, exactly as if it had not "
                     "stopped. The same settings are needed; steps may grow.",
                 ),
+                io.Float.Input(
+                    "guide_weight",
+                    default=1.0,
+                    min=0.01,
+                    max=10_000.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="Stage guide: how many times each of the guide's keys counts. The LoRA "
+                    "names it, and sampling then uses it. 1 is plain attention.",
+                ),
                 io.Video.Input(
                     "videos",
                     optional=True,

@@ -35,9 +35,10 @@ def space_positions(count, length):
     return torch.tensor([(i + 0.5) * length / count - 0.5 for i in range(count)])
 
 
-def axis_reads(spans, window, positions, spacing):
+def axis_reads(spans, window, positions, spacing, margin=0):
     """Boolean [length, guide]: which guide indices each target index may read along one axis."""
-    count = min(len(positions), math.floor(min(window, len(spans)) / spacing) + 2)
+    aligned = math.floor(min(window, len(spans)) / spacing) + 2
+    count = min(len(positions), aligned + 2 * margin)
     reads = torch.zeros(len(spans), len(positions), dtype=torch.bool)
     for i, (low, high) in enumerate(spans.tolist()):
         distance = ((positions - (low + high - 1) / 2).abs() * 1e5).round()
@@ -56,10 +57,17 @@ def turn(x, positions):
     return torch.view_as_real(pairs * phase).flatten(-2).float()
 
 
-def attend(q, k, v, mask):
-    """q [Lq, heads, d], k and v [Lk, heads, d], mask [Lq, Lk] -> [Lq, heads * d]."""
+def attend(q, k, v, mask, times=None):
+    """q [Lq, heads, d], k and v [Lk, heads, d], mask [Lq, Lk] -> [Lq, heads * d].
+
+    `times` [Lk] says how often each key stands in the sum.
+    """
     logits = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
-    weights = logits.masked_fill(~mask, -math.inf).softmax(-1)
+    logits = logits.masked_fill(~mask, -math.inf)
+    weights = (logits - logits.amax(-1, keepdim=True).detach()).exp()
+    if times is not None:
+        weights = weights * times
+    weights = weights / weights.sum(-1, keepdim=True)
     return torch.einsum("hqk,khd->qhd", weights, v).flatten(1)
 
 
@@ -95,10 +103,13 @@ def dense_forward(
     clip_fea=None,
     overlap="shifted",
     adapted=nullcontext,
+    guide_weight=1.0,
+    guide_margin=0,
 ):
     """x [B, C, T, H, W], guide [B, C, F_g, H_g, W_g] already noised -> [B, C_out, T, H, W].
 
-    `adapted()` is entered while the model works on the guide's tokens.
+    `adapted()` is entered while the model works on the guide's tokens. Target queries count each
+    guide key `guide_weight` times and read `guide_margin` more on each side.
     """
     items = [
         _dense_item(
@@ -113,13 +124,17 @@ def dense_forward(
             None if clip_fea is None else clip_fea[b : b + 1],
             overlap,
             adapted,
+            guide_weight,
+            guide_margin,
         )
         for b in range(len(x))
     ]
     return torch.cat(items)
 
 
-def _dense_item(model, x, t, context, window, guide, guide_t, stride, clip_fea, overlap, adapted):
+def _dense_item(
+    model, x, t, context, window, guide, guide_t, stride, clip_fea, overlap, adapted, times, margin
+):
     heads = model.num_heads
     tokens, (f, h, w) = embed(model, x)
     e = time_rows(model, t)
@@ -170,7 +185,7 @@ def _dense_item(model, x, t, context, window, guide, guide_t, stride, clip_fea, 
                 gv = split(attn.v(gy))
             spacing = (stride, h / hg, w / wg)
             reads = [
-                axis_reads(c, a, p, s)
+                axis_reads(c, a, p, s, margin)
                 for c, a, p, s in zip(spans, window, axes, spacing, strict=True)
             ]
             seen = torch.einsum("ai,bj,ck->abcijk", *(r.float() for r in reads))
@@ -180,6 +195,7 @@ def _dense_item(model, x, t, context, window, guide, guide_t, stride, clip_fea, 
                 torch.cat([k, turn(gk, g_aligned)]),
                 torch.cat([v, gv]),
                 torch.cat([mask, seen], 1),
+                torch.cat([torch.ones(len(k)), torch.full([len(gk)], float(times))]),
             )
             with adapted():
                 gq = turn(split(attn.norm_q(attn.q(gy))), g_own)

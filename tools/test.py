@@ -24,7 +24,9 @@ from environment import (
     stop_on_errors,
 )
 
-CARD_TESTS = [f"tests/engine/test_{name}.py" for name in ("detail", "run", "models", "compiled")]
+CARD_TESTS = [
+    f"tests/engine/test_{name}.py" for name in ("detail", "weighted", "run", "models", "compiled")
+]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 

@@ -69,6 +69,7 @@ def arguments() -> argparse.ArgumentParser:
         ("cuts-per-clip", int, 4, "at most"),
         ("save-every", int, 250, "steps between checkpoints"),
         ("seed", int, 0, "of everything random"),
+        ("guide-weight", float, 1.0, "times that each of the guide's keys counts in stage guide"),
     ):
         run.add_argument(f"--{name}", type=kind, default=default, help=f"{text} ({default})")
     run.add_argument(

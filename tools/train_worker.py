@@ -97,6 +97,7 @@ def run(options: Any, accelerator: Any, first: bool) -> None:
         precision=options.precision,
         seed=options.seed,
         save_every=options.save_every,
+        guide_weight=options.guide_weight,
     )
 
     def say(message: str) -> None:

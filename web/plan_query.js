@@ -75,7 +75,7 @@ export function planQuery(plan) {
   const attention = targets(plan, "ATLASVID_PLAN").filter((node) => node.comfyClass === ATTENTION);
   if (attention.length) {
     const chosen = values(attention[0]);
-    for (const name of ["overlap", "guide_noise"]) query[name] = chosen[name];
+    for (const name of ["overlap", "guide_noise", "guide_margin"]) query[name] = chosen[name];
     for (const [name, value] of Object.entries(chosen))
       if (name.startsWith("window")) query[name] = value;
     query.guide_lora = origin(attention[0], "guide_lora") ? 1 : 0;

@@ -153,6 +153,7 @@ class TrainedDetail(DetailForward):
                     self.options,
                     self.chunk,
                     x.device,
+                    guide_weight=self.settings.guide_weight,
                 )
                 attention.evaluate_windows(task, order, start, stop)
                 return task.results[0]

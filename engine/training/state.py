@@ -16,6 +16,8 @@ from .files import save_tensors
 
 KEY = "atlasvid_training"
 VERSION = 1
+SINCE_ADDED = {"guide_weight": 1.0}
+"""Settings that runs of earlier versions did not name, and what they were then."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class TrainingState:
             tuple(tensors["losses"].tolist()),
             {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)},
             nested_optimizer(tensors, facts["optimizer"]),
-            facts["identity"],
+            {**SINCE_ADDED, **facts["identity"]},
         )
 
     def require_same(self, identity: Mapping[str, Any], path: Path) -> None:

@@ -57,6 +57,8 @@ class TrainSettings:
     precision: str = "bf16"
     seed: int = 0
     save_every: int = 250
+    guide_weight: float = 1.0
+    """How often each of the guide's keys counts in the softmax, in stage guide."""
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -71,6 +73,11 @@ class TrainSettings:
         for name in ("steps", "accumulate", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if not (math.isfinite(self.guide_weight) and self.guide_weight > 0):
+            raise ValueError(
+                f"guide_weight is {self.guide_weight:g}; give a number above 0: 1 reads the "
+                "guide's keys as they are, and a guide that is not read cannot be learned."
+            )
 
     @property
     def rate(self) -> float:
@@ -357,6 +364,7 @@ class Trainer:
             proxy=host.process_latent_in(self.patcher, sample.guide),
             sigma_start=1.0,
             sigma_end=0.0,
+            guide_weight=self.settings.guide_weight,
         )
         return guide_forward(self.frozen, self.adapters.view, detail, x, timestep, text, self.chunk)
 
@@ -379,6 +387,7 @@ class Trainer:
             base=self.base,
             steps=self.step,
             version=pack_version(),
+            guide_weight=settings.guide_weight if guide else None,
         )
 
     def lora_tensors(self) -> dict[str, Tensor]:

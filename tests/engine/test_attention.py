@@ -5,7 +5,9 @@ import pytest
 import torch
 from atlasvid.engine import attention
 from atlasvid.engine.attention import override_for
-from wan import rand
+from atlasvid.engine.detail import apply_detail_branch
+from atlasvid.engine.grid import Grid
+from wan import forward, plan_of, rand, small_wan
 
 CPU = torch.device("cpu")
 
@@ -74,6 +76,36 @@ def test_sage_by_start_flag_is_checked_too(kernel, monkeypatch):
     assert override is not None
     q = rand(1, 8, 256)
     assert override(broken, q, q, q, 2).isfinite().all()
+
+
+def test_a_kernel_that_cannot_weight_the_guide_is_passed_over_with_one_line(kernel, caplog):
+    read = set()
+
+    def counted(q, k, v, heads, **kwargs):
+        read.add(k.shape[1])
+        return stock.attention_pytorch(q, k, v, heads)
+
+    kernel(counted)
+    wan, plan = small_wan(num_layers=1), plan_of((5, 8, 8), (2, 4, 4))
+    inputs = rand(1, 16, 5, 8, 8), torch.tensor([700.0]), rand(1, 20, 4096)
+    results = []
+    with caplog.at_level(logging.WARNING):
+        for backend in ("pytorch", "sage"):
+            assert not caplog.records
+            patched = apply_detail_branch(
+                wan,
+                plan,
+                rand(1, 16, 2, 4, 4),
+                Grid(2, 2, 2),
+                "clean",
+                attention=backend,
+                guide_weight=8,
+            )
+            results += [forward(patched, *inputs) for _ in range(2)]
+    assert read == {20}, "the text alone"
+    assert all(torch.equal(each, results[0]) for each in results)
+    assert len(caplog.records) == 1
+    assert "as sage cannot weight the guide's keys" in caplog.text
 
 
 def test_a_missing_kernel_is_refused_by_name():

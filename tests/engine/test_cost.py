@@ -11,7 +11,7 @@ from atlasvid.engine.detail import apply_detail_branch
 from atlasvid.engine.grid import Grid
 from atlasvid.engine.plan import make_plan
 from atlasvid.engine.windows import COMPACT, SlidingWindows
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from wan import WAN21, forward, plan_of, rand, small_wan
 
 SHAPE = ModelShape("small", dim=256, layers=3, ffn_dim=512, text_tokens=16)
@@ -36,10 +36,16 @@ def explicit_attention(chosen, q, k, v, heads, **_):
     return (scores @ v).transpose(1, 2).flatten(2)
 
 
+def flops_on_the_cpu(q, k, v, *_, **__):
+    """Of PyTorch's fused attention there, which its counter does not know."""
+    return sdpa_flop_count(q, k, v)
+
+
 def counted(patcher, *inputs) -> int:
     options = patcher.model_options["transformer_options"]
     options["optimized_attention_override"] = explicit_attention
-    with FlopCounterMode(display=False) as counter:
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with FlopCounterMode(display=False, custom_mapping={fused: flops_on_the_cpu}) as counter:
         forward(patcher, *inputs)
     return counter.get_total_flops()
 
@@ -50,12 +56,20 @@ def inputs_of(latent):
 
 @pytest.mark.parametrize("window", [Grid(4, 8, 8), Grid(3, 5, 7), Grid(99, 99, 99)])
 @pytest.mark.parametrize("overlap", ["shifted", "sliding"])
-def test_flops_of_the_detail_branch(window, overlap):
+@pytest.mark.parametrize(("weight", "margin"), [(1, 0), (8, 0), (1, 2), (8, 99)])
+def test_flops_of_the_detail_branch(window, overlap, weight, margin):
     plan = plan_of((9, 24, 32), (3, 12, 16))
     model = apply_detail_branch(
-        small_wan(), plan, rand(1, 16, 3, 12, 16), window, "matched", overlap=overlap
+        small_wan(),
+        plan,
+        rand(1, 16, 3, 12, 16),
+        window,
+        "matched",
+        overlap=overlap,
+        guide_weight=weight,
+        guide_margin=margin,
     )
-    settings = Settings(window.clipped(plan.tokens), overlap=overlap)
+    settings = Settings(window.clipped(plan.tokens), overlap=overlap, guide_margin=margin)
     # The guide's last block only makes keys and values.
     work = cost.detail_work(SHAPE, plan, settings, 4) + cost.proxy_work(SHAPE, plan, 4)
     measured = counted(model, *inputs_of(plan.latent))
@@ -153,6 +167,7 @@ def test_overview_has_a_picture_and_a_list():
         ({}, "17,490 + 416 of the guide"),
         ({"window": "auto", "guide_lora": "1"}, "1,024 + 75 of the guide"),
         ({"window": "custom", "window.frames": "2", "window.height": "8"}, "16 + 12 of the guide"),
+        ({"window": "compact", "guide_margin": "2"}, "1,024 + 567 of the guide"),
     ],
 )
 def test_overview_resolves_the_window(graph, keys):

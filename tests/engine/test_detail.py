@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from atlasvid.engine import block_task, host
 from atlasvid.engine import forward as engine_forward
-from atlasvid.engine import host
 from atlasvid.engine.detail import apply_detail_branch
 from atlasvid.engine.grid import Grid
-from atlasvid.engine.settings import GUIDE_NOISE, OVERLAPS
+from atlasvid.engine.settings import GUIDE_NOISE, OVERLAPS, auto_guide_weight
 from dense_reference import dense_forward
 from wan import forward, plan_of, rand, relative_error, small_wan
 
@@ -145,6 +145,181 @@ def test_random_geometries_equal_the_dense_reference(wan, overlap):
                 model, x, t, context, window, guide, guide_t, stride, overlap=overlap
             )
         assert relative_error(ours, dense) < 1e-4, (latent, proxy_latent, stride, window)
+
+
+WEIGHTS = [0, 0.5, 1, 8, 32, 128]
+
+
+def weighted_and_dense(wan, case, weight, margin, guide_noise, overlap):
+    """Our forward and the dense one with a guide weight and margin."""
+    latent, proxy_latent, stride, window, batch = case
+    proxy = rand(1, 16, *proxy_latent, seed=4)
+    x, t, context = inputs(latent, batch)
+    patched = apply_detail_branch(
+        wan,
+        plan_of(latent, proxy_latent, stride),
+        proxy,
+        Grid(*window),
+        guide_noise,
+        overlap=overlap,
+        guide_weight=weight,
+        guide_margin=margin,
+    )
+    guide, guide_t = noised(wan, proxy, t, guide_noise)
+    with torch.no_grad():
+        dense = dense_forward(
+            wan.model.diffusion_model,
+            x,
+            t,
+            context,
+            window,
+            guide,
+            guide_t,
+            stride,
+            overlap=overlap,
+            guide_weight=weight,
+            guide_margin=margin,
+        )
+    return forward(patched, x, t, context), dense
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[4]])
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("guide_noise", GUIDE_NOISE)
+@pytest.mark.parametrize("overlap", OVERLAPS)
+def test_guide_weights_equal_the_dense_reference(wan, case, weight, guide_noise, overlap):
+    ours, dense = weighted_and_dense(wan, case, weight, 0, guide_noise, overlap)
+    assert relative_error(ours, dense) < 1e-4
+    if weight != 1:
+        plain, _ = weighted_and_dense(wan, case, 1, 0, guide_noise, overlap)
+        assert relative_error(plain, dense) > 1e-2, "the weight must matter for this to be a test"
+
+
+@pytest.mark.parametrize("margin", [1, 2, 99])
+@pytest.mark.parametrize("weight", [1, 8])
+@pytest.mark.parametrize("overlap", OVERLAPS)
+def test_guide_margins_equal_the_dense_reference(wan, margin, weight, overlap):
+    case = ((9, 22, 26), (3, 10, 12), 4, (3, 4, 4), 1)
+    ours, dense = weighted_and_dense(wan, case, weight, margin, "matched", overlap)
+    assert relative_error(ours, dense) < 1e-4
+    aligned, _ = weighted_and_dense(wan, case, weight, margin - 1, "matched", overlap)
+    assert (relative_error(aligned, dense) > 1e-3) == (margin < 99), "98 reads the whole guide too"
+
+
+@pytest.mark.parametrize("overlap", OVERLAPS)
+def test_random_guide_weights_and_margins_equal_the_dense_reference(wan, overlap):
+    generator = torch.Generator().manual_seed(12)
+
+    def pick(low, high):
+        return int(torch.randint(low, high + 1, (1,), generator=generator))
+
+    for _ in range(12):
+        stride, proxy_frames = pick(1, 5), pick(1, 3)
+        latent = (stride * (proxy_frames - 1) + 1, pick(2, 15), pick(2, 15))
+        proxy_latent = (proxy_frames, pick(2, latent[1]), pick(2, latent[2]))
+        window = (pick(1, 5), pick(1, 6), pick(1, 6))
+        case = latent, proxy_latent, stride, window, 1
+        chosen = WEIGHTS[pick(0, 5)], pick(0, 2), GUIDE_NOISE[pick(0, 1)], overlap
+        ours, dense = weighted_and_dense(wan, case, *chosen)
+        assert relative_error(ours, dense) < 1e-4, (case, chosen)
+
+
+def test_weight_one_is_the_plain_attention_and_zero_reads_no_guide(wan, monkeypatch):
+    def never(*_):
+        raise AssertionError("plain attention needs no weight")
+
+    monkeypatch.setattr(block_task, "weighted_attention", never)
+    plan, proxy = plan_of((5, 14, 18), (2, 6, 8)), rand(1, 16, 2, 6, 8)
+    x, t, context = inputs((5, 14, 18))
+
+    def run(proxy, **chosen):
+        patched = apply_detail_branch(wan, plan, proxy, Grid(2, 4, 4), "clean", **chosen)
+        return forward(patched, x, t, context)
+
+    assert torch.equal(run(proxy, guide_weight="1"), run(proxy))
+    monkeypatch.setattr(engine_forward, "GuideStream", never)
+    assert torch.equal(run(proxy, guide_weight=0), run(None))
+
+
+@pytest.mark.parametrize("overlap", OVERLAPS)
+@pytest.mark.parametrize(
+    "chosen",
+    [{}, {"keep_blocks": 1}, {"memory_budget": "0.001 GB"}],
+    ids=["all keys", "kept blocks", "host memory"],
+)
+def test_a_weight_is_the_guides_keys_repeated(wan, monkeypatch, overlap, chosen):
+    """Also where keys are left out, or tokens and the ring live in host memory."""
+    plan, proxy = plan_of((5, 36, 36), (2, 12, 12)), rand(1, 16, 2, 12, 12)
+    patched = apply_detail_branch(
+        wan, plan, proxy, Grid(4, 16, 16), "clean", overlap=overlap, guide_weight=3, **chosen
+    )
+    x, t, context = inputs((5, 36, 36), batch=2)
+    ours = forward(patched, x, t, context)
+
+    def repeated(q, k, v, guide, heads, weight):
+        assert weight == 3
+        k, v = torch.cat([k, *[guide[0]] * 3], 1), torch.cat([v, *[guide[1]] * 3], 1)
+        return host.attention(q, k, v, heads, {})
+
+    monkeypatch.setattr(block_task, "weighted_attention", repeated)
+    assert relative_error(ours, forward(patched, x, t, context)) < 1e-5
+
+
+@pytest.mark.parametrize("overlap", OVERLAPS)
+def test_patches_see_the_same_queries_and_keys_with_a_weight(overlap):
+    wan = small_wan(num_layers=1)  # later blocks read what earlier ones attended to
+    plan = plan_of((5, 8, 8), (2, 4, 4))
+    x, t, context = inputs((5, 8, 8))
+    seen = []
+    for weight in (1, 8):
+        patched = apply_detail_branch(
+            wan,
+            plan,
+            rand(1, 16, 2, 4, 4),
+            Grid(2, 2, 2),
+            "clean",
+            overlap=overlap,
+            guide_weight=weight,
+        )
+        seen.append([])
+        patched.set_model_attn1_patch(lambda a: seen[-1].append((a["q"], a["k"])) or a["x"])
+        forward(patched, x, t, context)
+    assert seen[0]
+    for plain, weighted in zip(*seen, strict=True):
+        assert torch.equal(plain[0], weighted[0])
+        assert torch.equal(plain[1], weighted[1])
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        *(
+            ({"guide_weight": wrong}, r"guide_weight is .*; write \"auto\" or a number from 0 on")
+            for wrong in ("much", "", "nan", "inf", "-1", -0.5, None)
+        ),
+        ({"guide_margin": -1}, "guide_margin is -1; give 0 or more"),
+    ],
+)
+def test_a_wrong_guide_weight_or_margin_is_refused(wan, chosen, message):
+    plan = plan_of((5, 8, 8), (2, 4, 4))
+    with pytest.raises(ValueError, match=message):
+        apply_detail_branch(wan, plan, rand(1, 16, 2, 4, 4), Grid(2, 2, 2), "clean", **chosen)
+
+
+def test_the_automatic_weight_follows_the_keys(wan):
+    """48 keys of a window, 2 x 3 x 3 of the guide."""
+    plan, x = plan_of((9, 16, 16), (3, 4, 4)), inputs((9, 16, 16))
+
+    def run(weight):
+        patched = apply_detail_branch(
+            wan, plan, rand(1, 16, 3, 4, 4), Grid(3, 4, 4), "clean", guide_weight=weight
+        )
+        return forward(patched, *x)
+
+    keys = plan.keys_per_query(Grid(3, 4, 4))
+    assert torch.equal(run(" auto "), run(auto_guide_weight(*keys)))
+    assert auto_guide_weight(*keys) > 1
+    assert auto_guide_weight(3, 4) == 1
 
 
 def test_image_to_video_guide_equals_the_dense_reference(wan_i2v):

@@ -18,7 +18,12 @@ from atlasvid.engine.grid import Grid
 from atlasvid.engine.guide import GuideStream
 from atlasvid.engine.lora import GuideLora, load_guide_lora, read_lora
 from atlasvid.engine.recipe import BaseShape, Recipe
-from atlasvid.engine.settings import preset_guide_noise, preset_window
+from atlasvid.engine.settings import (
+    auto_guide_weight,
+    preset_guide_noise,
+    preset_guide_weight,
+    preset_window,
+)
 from dense_reference import dense_forward
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -343,7 +348,7 @@ def test_other_files_are_refused(tmp_path, name, content, message):
 
 
 def test_the_recipe_survives_the_file_and_sets_auto(wan, tmp_path):
-    recipe = Recipe("guide", 4, Grid(3, 5, 6), "matched", 2, 2.0, RECIPE.base, 7, "0.1.0")
+    recipe = Recipe("guide", 4, Grid(3, 5, 6), "matched", 2, 2.0, RECIPE.base, 7, "0.1.0", 6.5)
     path = saved(
         tmp_path / "a.safetensors", pair("diffusion_model.blocks.0.ffn.0", 256, 512), recipe
     )
@@ -353,6 +358,8 @@ def test_the_recipe_survives_the_file_and_sets_auto(wan, tmp_path):
     plan, custom = plan_of((5, 8, 12), (2, 4, 6)), Grid(1, 1, 1)
     assert preset_window("auto", plan, custom, lora) == (3, 5, 6)
     assert preset_guide_noise("auto", lora) == "matched"
+    assert preset_guide_weight("auto", lora, 90, 30) == 6.5
+    assert preset_guide_weight("2", lora, 90, 30) == 2
     assert preset_window("compact", plan, custom, lora) == (4, 16, 16)
     assert preset_guide_noise("clean", lora) == "clean"
 
@@ -363,8 +370,28 @@ def test_auto_with_a_lora_of_unknown_origin_and_without_one(tmp_path):
     plan, custom = plan_of((5, 8, 12), (2, 4, 6)), Grid(1, 1, 1)
     assert preset_window("auto", plan, custom, lora) == (4, 16, 16)
     assert preset_guide_noise("auto", lora) == "clean"
+    assert preset_guide_weight("auto", lora, 90, 30) == 1
     assert preset_window("auto", plan, custom) == (2, 2, 3)
     assert preset_guide_noise("auto", None) == "matched"
+    assert preset_guide_weight("auto", None, 90, 30) == auto_guide_weight(90, 30)
+
+
+def test_a_recipe_from_before_guide_weights_was_trained_with_one(tmp_path):
+    metadata = RECIPE.to_metadata()
+    fields = json.loads(metadata["atlasvid"])
+    del fields["guide_weight"]
+    recipe = Recipe.from_metadata({"atlasvid": json.dumps(fields)})
+    assert recipe == RECIPE
+    assert recipe.trained_guide_weight == 1
+
+
+@pytest.mark.parametrize("weight", ["NaN", "Infinity", "0", "-1", '"8"'])
+def test_a_recipe_with_an_impossible_guide_weight_is_refused(weight):
+    text = RECIPE.to_metadata()["atlasvid"]
+    wrong = text.replace('"guide_weight": null', f'"guide_weight": {weight}')
+    assert wrong != text
+    with pytest.raises(ValueError, match="metadata cannot be read"):
+        Recipe.from_metadata({"atlasvid": wrong})
 
 
 def test_other_settings_than_trained_with_are_named(wan, tmp_path, caplog):
@@ -373,10 +400,17 @@ def test_other_settings_than_trained_with_are_named(wan, tmp_path, caplog):
     plan = plan_of((7, 8, 12), (3, 4, 6), stride=3)
     proxy = rand(1, 16, 3, 4, 6)
     with caplog.at_level(logging.WARNING):
-        apply_detail_branch(wan, plan, proxy, Grid(3, 3, 3), "matched", guide_lora=lora)
+        apply_detail_branch(
+            wan, plan, proxy, Grid(3, 3, 3), "matched", guide_lora=lora, guide_weight=8
+        )
     assert "temporal_stride 4 and is used with 3" in caplog.text
     assert "window 2 x 4 x 4 and is used with 3 x 3 x 3" in caplog.text
     assert "guide_noise clean and is used with matched" in caplog.text
+    assert "guide_weight 1.0 and is used with 8.0" in caplog.text
+    caplog.clear()
+    proxy, plan = rand(1, 16, 2, 4, 6), plan_of((5, 8, 12), (2, 4, 6))
+    apply_detail_branch(wan, plan, proxy, WINDOW, "clean", guide_lora=lora, guide_weight="auto")
+    assert not caplog.records
 
 
 def test_a_proxy_lora_is_refused(tmp_path):

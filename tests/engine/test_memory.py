@@ -1,7 +1,7 @@
 import comfy.ldm.flux.math
 import pytest
 import torch
-from atlasvid.engine import blocks, host
+from atlasvid.engine import blocks, host, weighted
 from atlasvid.engine.block_task import BlockTask
 from atlasvid.engine.chunks import ChunkSize
 from atlasvid.engine.grid import Grid
@@ -123,7 +123,7 @@ def rounding_kernel(_, q, k, v, heads, **kwargs):
     return torch.empty_like(q)
 
 
-def chunk_peak(dim, ffn_dim, window, chunk):
+def chunk_peak(dim, ffn_dim, window, chunk, weight):
     """Tokens of one chunk of a real block, and the most bytes that it holds at a time."""
     with META:
         wan = host.build_wan(dim=dim, ffn_dim=ffn_dim, num_heads=dim // 128, num_layers=1)
@@ -147,6 +147,7 @@ def chunk_peak(dim, ffn_dim, window, chunk):
         options={"optimized_attention_override": rounding_kernel},
         chunk=ChunkSize(chunk),
         device=META,
+        guide_weight=weight,
     )
     order = attention.order(0, META, META)
     stop = task.chunk.stop(0, order.ends)
@@ -161,6 +162,10 @@ def chunk_peak(dim, ffn_dim, window, chunk):
 @pytest.fixture
 def on_meta(monkeypatch):
     """Replaces what needs a real device."""
+    flash = torch.ops.aten._scaled_dot_product_flash_attention  # what a card would use
+    monkeypatch.setattr(
+        weighted, "_attention_with_sums", lambda *_: lambda q, k, v: flash(q, k, v)[:2]
+    )
     monkeypatch.setattr(host, "apply_rope", comfy.ldm.flux.math._apply_rope1)
     monkeypatch.setattr(
         host, "Mark", lambda device: type("Mark", (), {"wait": lambda self: None})()
@@ -169,13 +174,14 @@ def on_meta(monkeypatch):
 
 @pytest.mark.parametrize(("dim", "ffn_dim"), [(1536, 8960), (3072, 14336), (5120, 13824)])
 @pytest.mark.parametrize("window", [COMPACT, Grid(21, 30, 52)], ids=["compact", "trained"])
-def test_a_chunk_takes_what_the_plan_says(on_meta, dim, ffn_dim, window):
+@pytest.mark.parametrize("weight", [1, 8])
+def test_a_chunk_takes_what_the_plan_says(on_meta, dim, ffn_dim, window, weight):
     keys = window.count * 9 // 8  # and some of the guide's
     work = wan_1_3b(dim=dim, ffn_dim=ffn_dim, guide_tokens=0, window_keys=keys)
-    tokens, peak = chunk_peak(dim, ffn_dim, window, 65_536)
+    tokens, peak = chunk_peak(dim, ffn_dim, window, 65_536, weight)
     assert 0.6 < peak / (tokens * work.bytes_per_chunk_token) < 0.85
     # The smallest chunk of all: one window, its feed-forward in parts of `least_chunk`.
-    tokens, peak = chunk_peak(dim, ffn_dim, window, work.least_chunk)
+    tokens, peak = chunk_peak(dim, ffn_dim, window, work.least_chunk, weight)
     assert tokens <= max(window.count, work.least_chunk)
     assert 0.5 < peak / work.least_chunk_bytes < 1
 

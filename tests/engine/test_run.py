@@ -70,26 +70,28 @@ def sample(model, steps=3, cfg=5.0, seed=7, latent=None, sampler="euler"):
         )
 
 
-def test_a_clean_guide_is_evaluated_once_for_all_steps(wan, evaluations):
-    kept = sample(branch(wan), steps=4)
+@pytest.mark.parametrize("weight", [1, 8])
+def test_a_clean_guide_is_evaluated_once_for_all_steps(wan, evaluations, weight):
+    kept = sample(branch(wan, guide_weight=weight), steps=4)
     once = len(evaluations)
     assert once in (1, 2), "once per conditioning, or once for both together"
     evaluations.clear()
-    sample(branch(wan), steps=8)
+    sample(branch(wan, guide_weight=weight), steps=8)
     assert len(evaluations) == once
     evaluations.clear()
-    sample(branch(wan, "matched"), steps=4)
+    sample(branch(wan, "matched", guide_weight=weight), steps=4)
     assert len(evaluations) == 4 * once
     evaluations.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host, "has_scheduled_weights", lambda model: True)
-        recomputed = sample(branch(wan), steps=4)
+        recomputed = sample(branch(wan, guide_weight=weight), steps=4)
     assert len(evaluations) == 4 * once
     assert torch.equal(kept, recomputed), "a cache must not change the result"
 
 
 @pytest.mark.parametrize("overlap", ["shifted", "sliding"])
-def test_tokens_in_host_memory_give_the_same_result(wan, overlap, monkeypatch):
+@pytest.mark.parametrize("weight", [1, 8])
+def test_tokens_in_host_memory_give_the_same_result(wan, overlap, weight, monkeypatch):
     from atlasvid.engine import tokens
 
     made = []
@@ -100,9 +102,9 @@ def test_tokens_in_host_memory_give_the_same_result(wan, overlap, monkeypatch):
         stock(self, *args)
 
     monkeypatch.setattr(tokens.HostTokens, "__init__", counted)
-    free = sample(branch(wan, overlap=overlap))
+    free = sample(branch(wan, overlap=overlap, guide_weight=weight))
     assert not made
-    scarce = sample(branch(wan, overlap=overlap, memory_budget="0.001 GB"))
+    scarce = sample(branch(wan, overlap=overlap, guide_weight=weight, memory_budget="0.001 GB"))
     sizes = {len(each.values) for each in made}
     ring = {SlidingWindows(PLAN.tokens, WINDOW).ring.count} if overlap == "sliding" else set()
     assert sizes == {PLAN.tokens.count} | ring
@@ -400,18 +402,20 @@ def test_a_failed_copy_to_the_host_is_not_repaired_by_halving():
     tokens.close()
 
 
-def test_half_precision_is_close_to_full():
+@pytest.mark.parametrize("weight", [1, 8])
+def test_half_precision_is_close_to_full(weight):
     from atlasvid.engine import tiny
 
     state = tiny.wan_state(num_layers=2, ffn_dim=512)
     latent = rand(1, 16, 5, 16, 16, seed=1)
     t, text = torch.tensor([700.0]), rand(1, 16, 4096, seed=2)
-    full = direct(branch(host.load_diffusion_model(dict(state))), latent, t, text)
+    full_model = host.load_diffusion_model(dict(state))
+    full = direct(branch(full_model, guide_weight=weight), latent, t, text)
     half_state = {k: v.bfloat16() for k, v in state.items()}
     half_model = comfy.sd.load_diffusion_model_state_dict(
         half_state, model_options={"dtype": torch.bfloat16}
     )
-    half = direct(branch(half_model), latent.bfloat16(), t, text.bfloat16())
+    half = direct(branch(half_model, guide_weight=weight), latent.bfloat16(), t, text.bfloat16())
     assert half.dtype == torch.bfloat16
     assert relative_error(half.float(), full) < 0.05
 

@@ -38,7 +38,8 @@ def by_node(wan, **changes):
     return run(execute(attention, wan, PLAN, **(GIVEN | changes))[0])
 
 
-def by_engine(wan, window=(2, 9, 9), guide_noise="clean", **changes):
+def by_engine(wan, window=(2, 9, 9), guide_noise="clean", guide_weight="auto", **changes):
+    changes["guide_weight"] = guide_weight
     return run(apply_detail_branch(wan, PLAN, PROXY, Grid(*window), guide_noise, **changes))
 
 
@@ -54,6 +55,10 @@ def by_engine(wan, window=(2, 9, 9), guide_noise="clean", **changes):
             {"window": {"window": "compact"}, "keep_blocks": 2},
             {"window": (4, 16, 16), "keep_blocks": 2},
         ),
+        ({"guide_weight": "1"}, {"guide_weight": 1}),
+        ({"guide_weight": "40"}, {"guide_weight": 40}),
+        ({"guide_weight": "0"}, {"guide_weight": 0}),
+        ({"guide_margin": 1}, {"guide_margin": 1}),
     ],
 )
 def test_every_choice_reaches_the_engine(wan, by_name, by_argument):
@@ -71,6 +76,8 @@ def test_every_choice_reaches_the_engine(wan, by_name, by_argument):
         ({"start_percent": 0.9, "end_percent": 0.1}, "swap them"),
         ({"overlap": "none"}, "overlap is 'none'"),
         ({"guide_noise": "loud"}, "guide_noise is 'loud'"),
+        ({"guide_weight": "loud"}, "guide_weight is 'loud'"),
+        ({"guide_margin": -1}, "guide_margin is -1"),
         ({"window": {"window": "huge"}}, "window is 'huge'"),
         ({"proxy": {"samples": PROXY[:, :, :1]}}, "proxy latent is 1 x 12 x 12"),
     ],

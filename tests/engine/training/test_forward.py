@@ -82,24 +82,45 @@ def same_gradients(ours, theirs):
 
 
 CASES = [
-    # target latent, proxy latent, stride, window, batch, chunk
-    ((5, 8, 12), (2, 4, 6), 4, (2, 3, 3), 1, 2048),
-    ((5, 9, 11), (2, 5, 6), 4, (2, 2, 4), 2, 20),
-    ((4, 8, 8), (2, 4, 4), 3, (99, 99, 99), 1, 2048),
+    # target latent, proxy latent, stride, window, batch, chunk, guide weight
+    ((5, 8, 12), (2, 4, 6), 4, (2, 3, 3), 1, 2048, 1),
+    ((5, 8, 12), (2, 4, 6), 4, (2, 3, 3), 1, 2048, 8),
+    ((5, 9, 11), (2, 5, 6), 4, (2, 2, 4), 2, 20, 1),
+    ((5, 9, 11), (2, 5, 6), 4, (2, 2, 4), 2, 20, 0.5),
+    ((4, 8, 8), (2, 4, 4), 3, (99, 99, 99), 1, 2048, 128),
 ]
 
 
-@pytest.mark.parametrize(("latent", "proxy_latent", "stride", "window", "batch", "chunk"), CASES)
+@pytest.mark.parametrize(
+    ("latent", "proxy_latent", "stride", "window", "batch", "chunk", "weight"), CASES
+)
 @pytest.mark.parametrize("guide_noise", ["clean", "matched"])
 def test_guide_gradients_equal_the_dense_reference(
-    wan, adapters, reference, latent, proxy_latent, stride, window, batch, chunk, guide_noise
+    wan,
+    adapters,
+    reference,
+    latent,
+    proxy_latent,
+    stride,
+    window,
+    batch,
+    chunk,
+    weight,
+    guide_noise,
 ):
     x, context = rand(batch, 16, *latent, seed=1), rand(batch, 16, 4096, seed=2)
     t, target = torch.full((batch,), 600.0), rand(batch, 16, *latent, seed=3)
     proxy = rand(1, 16, *proxy_latent, seed=4)
     plan = plan_of(latent, proxy_latent, stride)
     settings = DetailSettings(
-        plan, Grid(*window).clipped(plan.tokens), "shifted", guide_noise, proxy, 1, 0
+        plan,
+        Grid(*window).clipped(plan.tokens),
+        "shifted",
+        guide_noise,
+        proxy,
+        1,
+        0,
+        guide_weight=weight,
     )
     with host.training():
         chunk = ChunkSize(chunk)
@@ -119,7 +140,18 @@ def test_guide_gradients_equal_the_dense_reference(
 
     reference.base_model.disable_adapter_layers()
     inner = reference.base_model.model
-    dense = dense_forward(inner, x, t, context, window, guide, guide_t, stride, adapted=adapted)
+    dense = dense_forward(
+        inner,
+        x,
+        t,
+        context,
+        window,
+        guide,
+        guide_t,
+        stride,
+        adapted=adapted,
+        guide_weight=weight,
+    )
     reference.base_model.enable_adapter_layers()
     assert relative_error(ours, dense) < 1e-5
     same_gradients(mine, reference_gradients(reference, F.mse_loss(dense, target)))

@@ -81,7 +81,9 @@ def trained(data, tmp_path_factory):
     """A short run of each stage, its adapters far enough from 0 to matter."""
     runs = {}
     for stage in ("proxy", "guide"):
-        run = trainer(tmp_path_factory.mktemp(stage), settings(stage, 3, learning_rate=0.05))
+        run = trainer(
+            tmp_path_factory.mktemp(stage), settings(stage, 3, learning_rate=0.05, guide_weight=6.0)
+        )
         runs[stage] = run, run.run(data[stage])
     return runs
 
@@ -105,6 +107,7 @@ def test_the_lora_says_what_it_is_for(trained, stage):
         base=BaseShape(256, 512, 3, 16),
         steps=3,
         version=pack_version(),
+        guide_weight=6.0 if guide else None,
     )
     with safe_open(result.path, "pt") as file:
         assert Recipe.from_metadata(file.metadata()) == expected
@@ -146,14 +149,20 @@ def test_inference_with_a_guide_lora_is_what_was_trained(trained, data):
     x = host.process_latent_in(model, sample.target)
     ours = predicted(run, sample, x, sample.text)
     errors = []
-    for guide_lora in (lora, None):
+    for guide_lora, weight in ((lora, "auto"), (None, 6.0), (lora, 1.0)):
         patched = apply_detail_branch(
-            model, PLAN, sample.guide, WINDOW, "clean", guide_lora=guide_lora
+            model,
+            PLAN,
+            sample.guide,
+            WINDOW,
+            "clean",
+            guide_lora=guide_lora,
+            guide_weight=weight,
         )
         out = forward(patched, x, torch.tensor([600.0]), sample.text)
         errors.append(relative_error(out, ours))
     assert errors[0] < 1e-5
-    assert errors[1] > 1e-2
+    assert min(errors[1:]) > 1e-2
 
 
 def test_the_stock_loader_takes_no_key_of_a_guide_lora(trained):
@@ -247,6 +256,24 @@ def test_other_settings_do_not_resume(data, tmp_path):
         trainer(tmp_path, settings(steps=3, rank=8, alpha=8.0)).run(data["guide"])
     with pytest.raises(ValueError, match="base was"):
         trainer(tmp_path, settings(steps=3), small_wan(num_layers=2)).run(data["guide"])
+
+
+def test_a_run_from_before_guide_weights_resumes_with_one(data, tmp_path):
+    trainer(tmp_path, settings(steps=2)).run(data["guide"])
+    path = tmp_path / "run" / "state.safetensors"
+    state = TrainingState.load(path)
+    identity = {name: value for name, value in state.identity.items() if name != "guide_weight"}
+    assert len(identity) < len(state.identity)
+    replace(state, identity=identity).save(path)
+    with pytest.raises(ValueError, match=r"other settings: guide_weight was 1\.0, now 8\.0"):
+        trainer(tmp_path, settings(steps=3, guide_weight=8.0)).run(data["guide"])
+    assert trainer(tmp_path, settings(steps=3)).run(data["guide"]).resumed_at == 2
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_guide_weight_that_cannot_be_learned_with_is_refused(weight):
+    with pytest.raises(ValueError, match=r"guide_weight is .*; give a number above 0"):
+        settings(guide_weight=weight)
 
 
 def test_a_damaged_state_is_named(data, tmp_path):
