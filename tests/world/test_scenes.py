@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from atlasvid.engine.quality.flow import warp
+from atlasvid.engine.tiny import WORLD_WORDS
 from world.scenes import (
     FPS,
     Scene,
@@ -15,9 +17,6 @@ from world.scenes import (
     scene_of,
     words,
 )
-
-from atlasvid.engine.quality.flow import warp
-from atlasvid.engine.tiny import WORLD_WORDS
 
 SCENES = [random_scene(np.random.default_rng(seed)) for seed in range(4)]
 VIEW = View(288, 192)

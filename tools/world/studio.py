@@ -17,7 +17,7 @@ from torch import Tensor
 from .clips import HEIGHT, WIDTH
 from .scenes import FPS, SPAN, Scene, View, random_scene, render
 
-STEPS, PROXY_STEPS, CFG, SHIFT = 10, 16, 3.0, 3.0
+STEPS, PROXY_STEPS, CFG, SHIFT = 8, 16, 3.0, 3.0
 
 
 @dataclass(frozen=True)
