@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -55,18 +56,29 @@ def override_for(backend: str, device: torch.device) -> Callable | None:
     return None
 
 
-def say_if_passed_over(backend: str) -> None:
-    """Say that a chosen kernel is not used where guide keys have a weight: none but PyTorch's can.
+def say_if_passed_over(backend: str, options: dict) -> None:
+    """Say once that a kernel is not used where guide keys have a weight: PyTorch's alone can.
 
-    Another's head sizes are fixed, and it does not give the sums that `engine.weighted` needs.
+    Others do not give the sums that `engine.weighted` needs.
+
+    Args:
+        backend: the artist's choice.
+        options: transformer options, in which another node may have chosen one.
     """
     name = host.started_attention() if backend == AUTO else backend
+    if "optimized_attention_override" in options:
+        name = "another node's attention"
     if name not in PLAIN:
-        logging.warning(
-            "AtlasVid: windows use PyTorch's attention, as %s cannot weight the guide's keys; "
-            "with guide_weight 1 it is used",
-            name,
-        )
+        _say_passed_over(name)
+
+
+@cache
+def _say_passed_over(name: str | None) -> None:
+    logging.warning(
+        "AtlasVid: windows use PyTorch's attention, as %s cannot weight the guide's keys; with "
+        "guide_weight 1 it is used",
+        name,
+    )
 
 
 def verified(

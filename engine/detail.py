@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import host
-from .attention import override_for, say_if_passed_over
+from .attention import override_for
 from .forward import DetailForward, workload
 from .grid import Grid
 from .latents import require_proxy
@@ -86,8 +86,6 @@ def apply_detail_branch(
     override_for(attention, model.load_device)  # a kernel that is not installed is refused here
     if weight == 0:  # what nobody reads need not be computed
         proxy = guide_lora = None
-    if proxy is not None and weight != 1:
-        say_if_passed_over(attention)
     settings = DetailSettings(
         plan=plan,
         window=window.clipped(plan.tokens),

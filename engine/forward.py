@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import blocks, host
-from .attention import override_for
+from .attention import override_for, say_if_passed_over
 from .block_task import BlockTask, WindowAttention
 from .chunks import ChunkSize, in_chunks
 from .guide import GuideStream
@@ -125,6 +125,8 @@ class DetailForward:
         self.options["grid_sizes"] = torch.Size(self.plan.tokens)
         self.options["total_blocks"] = len(self.model.blocks)
         self.options["block_type"] = "double"
+        if self.settings.proxy is not None and self.settings.guide_weight != 1:
+            say_if_passed_over(self.settings.attention, self.options)
         override = override_for(self.settings.attention, x.device)
         if override is not None:
             self.options.setdefault("optimized_attention_override", override)

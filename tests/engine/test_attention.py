@@ -86,26 +86,37 @@ def test_a_kernel_that_cannot_weight_the_guide_is_passed_over_with_one_line(kern
         return stock.attention_pytorch(q, k, v, heads)
 
     kernel(counted)
+    attention._say_passed_over.cache_clear()
     wan, plan = small_wan(num_layers=1), plan_of((5, 8, 8), (2, 4, 4))
     inputs = rand(1, 16, 5, 8, 8), torch.tensor([700.0]), rand(1, 20, 4096)
-    results = []
+
+    def run(backend, override=None):
+        patched = apply_detail_branch(
+            wan,
+            plan,
+            rand(1, 16, 2, 4, 4),
+            Grid(2, 2, 2),
+            "clean",
+            attention=backend,
+            guide_weight=8,
+        )
+        if override is not None:
+            options = patched.model_options["transformer_options"]
+            options["optimized_attention_override"] = override
+        return forward(patched, *inputs)
+
     with caplog.at_level(logging.WARNING):
-        for backend in ("pytorch", "sage"):
-            assert not caplog.records
-            patched = apply_detail_branch(
-                wan,
-                plan,
-                rand(1, 16, 2, 4, 4),
-                Grid(2, 2, 2),
-                "clean",
-                attention=backend,
-                guide_weight=8,
-            )
-            results += [forward(patched, *inputs) for _ in range(2)]
+        expected = run("pytorch")
+        assert not caplog.records
+        assert torch.equal(run("sage"), expected)
+        assert torch.equal(run("sage"), expected)
+        assert [record.getMessage() for record in caplog.records] == [
+            "AtlasVid: windows use PyTorch's attention, as sage cannot weight the guide's keys; "
+            "with guide_weight 1 it is used"
+        ]
+        assert torch.equal(run("auto", lambda _, *args, **kw: counted(*args, **kw)), expected)
+    assert "as another node's attention cannot" in caplog.text
     assert read == {20}, "the text alone"
-    assert all(torch.equal(each, results[0]) for each in results)
-    assert len(caplog.records) == 1
-    assert "as sage cannot weight the guide's keys" in caplog.text
 
 
 def test_a_missing_kernel_is_refused_by_name():

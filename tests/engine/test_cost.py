@@ -56,24 +56,51 @@ def inputs_of(latent):
 
 @pytest.mark.parametrize("window", [Grid(4, 8, 8), Grid(3, 5, 7), Grid(99, 99, 99)])
 @pytest.mark.parametrize("overlap", ["shifted", "sliding"])
-@pytest.mark.parametrize(("weight", "margin"), [(1, 0), (8, 0), (1, 2), (8, 99)])
-def test_flops_of_the_detail_branch(window, overlap, weight, margin):
+def test_flops_of_the_detail_branch(window, overlap):
     plan = plan_of((9, 24, 32), (3, 12, 16))
     model = apply_detail_branch(
-        small_wan(),
-        plan,
-        rand(1, 16, 3, 12, 16),
-        window,
-        "matched",
-        overlap=overlap,
-        guide_weight=weight,
-        guide_margin=margin,
+        small_wan(), plan, rand(1, 16, 3, 12, 16), window, "matched", overlap=overlap
     )
-    settings = Settings(window.clipped(plan.tokens), overlap=overlap, guide_margin=margin)
+    settings = Settings(window.clipped(plan.tokens), overlap=overlap)
     # The guide's last block only makes keys and values.
     work = cost.detail_work(SHAPE, plan, settings, 4) + cost.proxy_work(SHAPE, plan, 4)
     measured = counted(model, *inputs_of(plan.latent))
     assert work.flops == pytest.approx(measured, rel=0.08)
+
+
+@pytest.mark.parametrize("overlap", ["shifted", "sliding"])
+def test_a_guide_weight_costs_no_flops_and_a_margin_those_of_its_keys(overlap):
+    plan, window = plan_of((5, 16, 16), (2, 8, 8)), Grid(2, 2, 2)
+
+    def measured(weight, margin):
+        model = apply_detail_branch(
+            small_wan(),
+            plan,
+            rand(1, 16, 2, 8, 8),
+            window,
+            "matched",
+            overlap=overlap,
+            guide_weight=weight,
+            guide_margin=margin,
+        )
+        return counted(model, *inputs_of(plan.latent))
+
+    def estimated(margin):
+        settings = Settings(window, overlap=overlap, guide_margin=margin)
+        return cost.detail_work(SHAPE, plan, settings, 4).flops
+
+    assert measured(1, 0) == measured(8, 0)
+    more = measured(8, 1) - measured(8, 0)
+    assert more > 0
+    assert more == pytest.approx(estimated(1) - estimated(0), rel=1e-6)
+
+
+def test_what_a_margin_reads_is_in_the_memory():
+    wide = replace(Settings(COMPACT), guide_margin=20)
+    need = [
+        cost.memory(cost.WAN_1_3B, UHD, s, MACHINE).card_least for s in (Settings(COMPACT), wide)
+    ]
+    assert need[0] < need[1]
 
 
 def test_flops_of_the_stock_forward():
