@@ -7,7 +7,7 @@ the rates that turn work into seconds. FLOPs count a multiplication and an addit
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from .grid import Grid
@@ -69,11 +69,14 @@ WAN_1_3B = ModelShape("Wan 2.1 1.3B", dim=1536, layers=30, ffn_dim=8960)
 TINY = ModelShape(
     "AtlasVid Tiny Models",
     dim=256,
-    layers=4,
-    ffn_dim=1024,
-    weight_bytes=4 * 6_000_000,
+    layers=6,
+    ffn_dim=896,
+    weight_bytes=4 * 7_600_000,
     text_tokens=16,
     vae_channels=8,
+)
+TINY_RANDOM = replace(
+    TINY, name=f"{TINY.name}, random", layers=4, ffn_dim=1024, weight_bytes=4 * 6_000_000
 )
 
 

@@ -222,8 +222,11 @@ def shape_of_file(file: Path) -> ModelShape | None:
 
 
 def _named(shape: ModelShape) -> ModelShape:
-    """The tiny models are told by their width; they have a small text and VAE too."""
-    return cost.TINY if (shape.dim, shape.layers) == (cost.TINY.dim, cost.TINY.layers) else shape
+    """The tiny models are told by their sizes; they have a small text and VAE too."""
+    for tiny in (cost.TINY, cost.TINY_RANDOM):
+        if (shape.dim, shape.layers, shape.ffn_dim) == (tiny.dim, tiny.layers, tiny.ffn_dim):
+            return tiny
+    return shape
 
 
 def _shape(query: Mapping[str, str]) -> tuple[ModelShape, bool]:

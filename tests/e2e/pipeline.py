@@ -29,7 +29,7 @@ def pipeline(**plan: Any) -> Prompt:
     wish |= {"proxy_short_side": 128, "temporal_stride": 2, **plan}
     detail = {"window": "compact", "overlap": "shifted", "guide_noise": "matched"}
     return {
-        "tiny": node("AtlasVidTinyModels", seed=0),
+        "tiny": node("AtlasVidTinyModels", seed=0, weights="random"),
         "plan": node("AtlasVidPlan", model=["tiny", 0], **wish),
         "positive": node("CLIPTextEncode", clip=["tiny", 1], text="a lake at dusk"),
         "negative": node("CLIPTextEncode", clip=["tiny", 1], text="blurry"),

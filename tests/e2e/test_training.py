@@ -41,7 +41,7 @@ def training(clips: Path | str, name: str, **chosen: Any) -> Prompt:
     }  # fmt: skip
     links = {"model": ["tiny", 0], "clip": ["tiny", 1], "vae": ["tiny", 2], "plan": ["plan", 0]}
     return {
-        "tiny": node("AtlasVidTinyModels", seed=0),
+        "tiny": node("AtlasVidTinyModels", seed=0, weights="random"),
         "plan": node("AtlasVidPlan", model=["tiny", 0], **wish),
         "train": node("AtlasVidTrainLoRA", name=name, **links, **(usual | chosen)),
     }

@@ -57,7 +57,7 @@ CONTRACT = {
         "videos",
         "captions",
     ],
-    "AtlasVidTinyModels": ["seed"],
+    "AtlasVidTinyModels": ["seed", "weights"],
     "AtlasVidDecode": ["samples", "vae", "memory_budget"],
     "AtlasVidDecodeToVideo": ["samples", "vae", "fps", "audio", "memory_budget"],
     "AtlasVidEncode": ["pixels", "vae"],
