@@ -1,4 +1,4 @@
-"""The trained tiny family: loaded by the stock loaders, and clear about what is wrong with a file."""
+"""The trained tiny family: for the stock loaders, and clear about what is wrong with a file."""
 
 import shutil
 from pathlib import Path
@@ -55,9 +55,7 @@ def test_the_loras_change_what_they_are_for(family: tiny.TinyFamily):
 
 def test_unknown_words_are_named():
     encoder = tiny.WorldTextEncoder()
-    assert (
-        encoder.tokenize("A red balloon, drifting left.") == ["a", "red", "balloon", "drifting", "left"]
-    )
+    assert encoder.tokenize("A red balloon, left.") == ["a", "red", "balloon", "left"]
     assert encoder.tokenize("") == []
     with pytest.raises(ValueError, match=r"does not know blurry, fox\. Its words are: wide, close"):
         encoder.tokenize("a blurry fox")
