@@ -3,6 +3,7 @@
 Everything runs in both renderers, the canvas and "Nodes 2.0".
 """
 
+import copy
 import json
 import re
 import shutil
@@ -167,6 +168,21 @@ def test_widgets_keep_their_values(desk: Desk) -> None:
     assert window["inputs"]["window.width"] == 33
     plan = next(n for n in after.values() if n["class_type"] == "AtlasVidPlan")
     assert "plan_view" not in plan["inputs"]
+
+
+def test_a_graph_from_before_guide_weights_opens_with_their_defaults(desk: Desk) -> None:
+    shipped = WORKFLOWS["atlasvid_t2v_4k"]
+    desk.open(shipped)
+    expected = desk.prompt()
+    before = copy.deepcopy(shipped)
+    (node,) = [n for n in before["nodes"] if n["type"] == "AtlasVidHierarchicalAttention"]
+    assert [slot["name"] for slot in node["inputs"][-2:]] == ["guide_weight", "guide_margin"]
+    del node["inputs"][-2:]
+    del node["widgets_values"][-2:]
+    desk.open(WORKFLOWS["atlasvid_t2v_8k"])
+    desk.open(before)
+    assert desk.prompt() == expected
+    assert not desk.errors
 
 
 def test_plan_is_redrawn_when_a_value_changes(desk: Desk) -> None:
