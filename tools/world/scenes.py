@@ -391,9 +391,9 @@ def flow(scene: Scene, view: View, start: float, stop: float) -> Tensor:
     Clouds that are half seen move before a sky that does not: there the flow is the clouds'.
     """
     balloon, sky = (mask[0] for mask in masks(scene, view, [start]))
-    x, y = scene.position(torch.tensor([start, stop]))
+    x, y = scene.position(torch.tensor([start, stop], dtype=torch.float32))
     moved = torch.zeros(view.height, view.width, 2)
-    moved[sky] = torch.tensor([cloud_velocity(scene) * (stop - start), 0.0])
+    moved[sky] = torch.tensor([cloud_velocity(scene) * float(stop - start), 0.0])
     moved[balloon] = torch.stack([x[1] - x[0], y[1] - y[0]])
     return moved / view.pixel
 

@@ -127,7 +127,7 @@ class Studio:
         """Frames [T, H, W, 3] of a latent."""
         from atlasvid.engine.vae.decode import decode_images
 
-        return decode_images(self.vae, latent)[0]
+        return decode_images(self.vae, latent)
 
     def sample(
         self, model: Any, prompt: str, latent: Tensor, steps: int, denoise: float, seed: int
