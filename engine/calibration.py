@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 from . import host
 from .cost import ModelShape, Rates
+from .vae.cpu import residual_block
 
-VERSION = 1
+VERSION = 2
 HEAD = 128
 """Channels of one attention head, in every Wan."""
 ROUNDS = 3
@@ -114,10 +115,7 @@ def measure(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> Rate
     moved = tokens * dtype.itemsize * (44 * dim + 2 * ffn)
     passes = _best(device, pointwise)
 
-    pixels = 32 if device.type == "cpu" else 256
-    channels = shape.vae_channels
-    picture, kernel = rand(1, channels, 3, pixels, pixels), rand(channels, channels, 3, 3, 3)
-    convolution = _best(device, lambda: F.conv3d(picture, kernel, padding=(0, 1, 1)))
+    convolution = _convolution_rate(shape.vae_channels, device, dtype)
 
     block = torch.empty(64 * 2**20, dtype=torch.uint8)
     transfer = _best(device, lambda: block.to(device, copy=True))
@@ -126,9 +124,27 @@ def measure(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> Rate
         matmul=2 * rows * shape.block_parameters / matmul,
         attention=4 * windows * queries * keys * dim / attention,
         pointwise=moved / passes,
-        convolution=2 * 27 * channels**2 * pixels**2 / convolution,
+        convolution=convolution,
         transfer=block.numel() / transfer,
     )
+
+
+def _convolution_rate(channels: int, device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a VAE's 3x3x3 convolutions.
+
+    On a CPU those of a whole residual block, whose norms take a good part of the time there.
+    """
+    flops = 2 * 27 * channels**2
+    if device.type != "cpu":
+        picture = torch.randn((1, channels, 3, 256, 256), device=device, dtype=dtype)
+        kernel = torch.randn((channels, channels, 3, 3, 3), device=device, dtype=dtype)
+        return flops * 256**2 / _best(device, lambda: F.conv3d(picture, kernel, padding=(0, 1, 1)))
+    block = host.wan_residual_block(channels)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=channels**-0.5)
+    frames = torch.randn(1, channels, 2, 128, 128)
+    seconds = _best(device, lambda: residual_block(block, frames, [None, None], [0]))
+    return 2 * 2 * flops * 128**2 / seconds  # two convolutions, two frames
 
 
 def _best(device: torch.device, compute: Callable[[], object]) -> float:

@@ -117,7 +117,7 @@ class Rates:
     pointwise: float
     """Bytes/s of norms, rotations and activations."""
     convolution: float
-    """FLOP/s of a VAE's 3D convolutions."""
+    """FLOP/s of a VAE's 3D convolutions, with what stands around them on a CPU."""
     transfer: float
     """Bytes/s from host to device memory."""
 

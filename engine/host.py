@@ -421,6 +421,16 @@ def wan_patch(vae: Any) -> int | None:
     return WAN_VAES.get(type(vae.first_stage_model))
 
 
+def wan_residual_block(channels: int) -> torch.nn.Module:
+    """An uninitialised residual block of a Wan VAE."""
+    return comfy.ldm.wan.vae.ResidualBlock(channels, channels)
+
+
+def is_rms_norm(module: Any) -> bool:
+    """Whether a layer is the Wan VAEs' RMS norm over channels."""
+    return type(module) is comfy.ldm.wan.vae.RMS_norm
+
+
 def load_vae_weights(vae: Any, working_bytes: int) -> None:
     """Load the VAE through ComfyUI's model management, making room for `working_bytes`."""
     comfy.model_management.load_models_gpu(

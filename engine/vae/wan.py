@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .. import host
+from .cpu import fast_on_cpu
 from .layers import (
     Bypass,
     Chain,
@@ -77,11 +79,21 @@ def _lean_attention(layers: Sequence[Any]) -> Iterator[None]:
     plain = [x for x in layers if getattr(x, "optimized_attention", None) is host.plain_attention]
     try:
         for layer in plain:
-            layer.optimized_attention = sliced_attention
+            layer.optimized_attention = lean_attention
         yield
     finally:
         for layer in plain:
             layer.optimized_attention = host.plain_attention
+
+
+def lean_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`sliced_attention`, by PyTorch's fused attention on a CPU."""
+    if q.device.type != "cpu":
+        return sliced_attention(q, k, v)
+    shape = q.shape
+    q, k, v = (x.flatten(2).transpose(1, 2)[:, None] for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v)
+    return out[:, 0].transpose(1, 2).view(shape)
 
 
 def sliced_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -149,12 +161,14 @@ class WanDecoder:
     def features(self, latent: Tensor, cache: Cache) -> Tensor:
         """The whole-frame stage of one chunk: `conv2`, `conv1` and the middle block."""
         index = [0]
-        x = cached_conv(self.coder.conv1, self.model.conv2(latent), cache, index)  # type: ignore[operator]
-        return _middle(self.coder.middle, x, cache, index)
+        with fast_on_cpu(self.model, latent.device):
+            x = self.model.conv2(latent)  # type: ignore[operator]
+            x = cached_conv(self.coder.conv1, x, cache, index)
+            return _middle(self.coder.middle, x, cache, index)
 
     def pixels(self, x: Tensor, cache: Cache, regions: Sequence[Box], first: bool) -> Tensor:
         """The local stage of one chunk and tile: features of `regions[0]` to its pixels."""
-        with self.chain.cropping(regions):
+        with fast_on_cpu(self.coder, x.device), self.chain.cropping(regions):
             out = self._up_blocks(x, cache, first) if self._in_blocks else self._run_up(x, cache)
         if self.patch == 1:
             return out
@@ -211,7 +225,7 @@ class WanEncoder:
         if self.patch > 1:
             x = rearrange(x, "b c f (h q) (w r) -> b (c r q) f h w", q=self.patch, r=self.patch)
         index = [0]
-        with self.chain.cropping(regions):
+        with fast_on_cpu(self.coder, x.device), self.chain.cropping(regions):
             x = cached_conv(self.coder.conv1, x, cache, index)
             for layer in self.coder.downsamples:
                 x = self._down(layer, x, cache, index, final)
@@ -229,9 +243,10 @@ class WanEncoder:
     def latents(self, x: Tensor, cache: Cache) -> Tensor:
         """The whole-frame stage of one chunk: the middle block, the head and `conv1`."""
         index = [0]
-        x = _middle(self.coder.middle, x, cache, index)
-        x = _head(self.coder.head, x, cache, index)
-        return self.model.conv1(x).chunk(2, dim=1)[0]  # type: ignore[operator]
+        with fast_on_cpu(self.model, x.device):
+            x = _middle(self.coder.middle, x, cache, index)
+            x = _head(self.coder.head, x, cache, index)
+            return self.model.conv1(x).chunk(2, dim=1)[0]  # type: ignore[operator]
 
 
 def _decoder_chain(coder: Any, blocks: bool) -> Chain:

@@ -1,5 +1,7 @@
 """Tiles against the VAE's own untiled decode."""
 
+from contextlib import nullcontext
+
 import comfy.ldm.wan.vae
 import pytest
 import torch
@@ -178,6 +180,9 @@ def test_4k_tiles_cost_under_a_tenth_more_work_and_six_gibibytes():
 
 def test_counted_work_is_what_the_convolutions_do(monkeypatch):
     """The count against multiply-adds recorded while real layers run on a tile."""
+    monkeypatch.setattr(
+        wan, "fast_on_cpu", lambda *_: nullcontext()
+    )  # the core's own layers, one by one
     vae = wan21_vae()
     latent = random_latent(16, 3, 20, 24)
     tiled = TiledDecoder(vae, latent)
@@ -210,6 +215,12 @@ def test_sliced_attention_is_the_cores(monkeypatch):
     q, k, v = torch.randn(3, 2, 32, 10, 12, generator=torch.Generator().manual_seed(1))
     expected = host.plain_attention(q, k, v)
     assert (wan.sliced_attention(q, k, v) - expected).abs().max() <= 1e-6
+
+
+def test_fused_attention_is_the_cores():
+    q, k, v = torch.randn(3, 2, 32, 10, 12, generator=torch.Generator().manual_seed(1))
+    expected = host.plain_attention(q, k, v)
+    assert (wan.lean_attention(q, k, v) - expected).abs().max() <= 1e-6
 
 
 def test_less_memory_means_smaller_tiles():
