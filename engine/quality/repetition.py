@@ -80,10 +80,10 @@ def _merge(count: int, pairs: Tensor) -> Tensor:
 def self_similarity(frame: Tensor, window: Size, cell: int = 4) -> float:
     """How much more a frame resembles itself one window further than at other distances.
 
-    The autocorrelation at whole numbers of windows, down or across, beyond its median at
-    the distances between: 0 for none, 1 where every window shows the same. Detail finer than `cell`
-    and shapes larger than a window are left out: the one is noise, the other is alike at all
-    distances.
+    The autocorrelation at whole numbers of windows, down or across, beyond its median at the
+    distances between: 0 for none, about 1 where every window shows the same. Detail finer than
+    `cell` and shapes larger than a window are left out: the one is noise, the other is alike at
+    all distances.
 
     Args:
         frame: [H, W, 3].
@@ -108,13 +108,8 @@ def self_similarity(frame: Tensor, window: Size, cell: int = 4) -> float:
         window[0] * blocks.shape[0] / height,
         window[1] * blocks.shape[1] / width,
     )
-    between = correlation[_is_between(correlation.shape, period)].median()
-    along = [
-        line[_multiples(period[axis], len(line))].mean()
-        for axis, line in enumerate((correlation[:, 0], correlation[0]))
-        if period[axis] < len(line)
-    ]
-    return float((torch.stack(along).max() - between) / (1 - between))
+    lines = zip((correlation[:, 0], correlation[0]), period, strict=True)
+    return max(_peak(line, step) for line, step in lines if step < len(line))
 
 
 def autocorrelation(picture: Tensor) -> Tensor:
@@ -132,18 +127,13 @@ def autocorrelation(picture: Tensor) -> Tensor:
     return mean / mean[0, 0].clamp(min=1e-12)
 
 
-def _multiples(period: float, length: int) -> list[int]:
-    """Whole numbers of periods below a length, without 0."""
-    return [round(k * period) for k in range(1, length) if round(k * period) < length]
+def _peak(line: Tensor, period: float) -> float:
+    """Mean of correlations [lags] at whole periods, beyond their median at lags far from any.
 
-
-def _is_between(shape: torch.Size, period: tuple[float, float]) -> Tensor:
-    """Lags more than a quarter of a window from any whole number of windows, in either direction.
-
-    That leaves out the lags at which the picture is alike because it is smooth.
+    Far is more than a quarter of a period, where smoothness no longer makes a picture alike. The
+    lags are of one direction, so stripes, alike at all of them, are no repetition.
     """
-    away = []
-    for length, step in zip(shape, period, strict=True):
-        phase = torch.arange(length) / step
-        away.append((phase - phase.round()).abs() > 0.25)
-    return away[0][:, None] | away[1][None]
+    phase = torch.arange(len(line)) / period
+    far = (phase - phase.round()).abs() > 0.25
+    at = [lag for k in range(1, len(line)) if (lag := round(k * period)) < len(line)]
+    return float(line[at].mean() - line[far].median().clamp(min=0))

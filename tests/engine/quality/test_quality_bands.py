@@ -4,7 +4,7 @@ import pytest
 import torch
 from atlasvid.engine.guidance import cosine_modes
 from atlasvid.engine.quality import bands, frames
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from textures import panned, pink_noise
 
@@ -16,6 +16,7 @@ def wave(length, k):
     return 0.1 * length**0.5 * cosine_modes(length, length)[k].float()
 
 
+@settings(deadline=None)
 @given(sides, sides, st.data())
 def test_shrinking_weighs_every_pixel_by_the_area_it_shares(height, width, data):
     """Against a dense matrix of overlaps, at any ratio."""
@@ -39,6 +40,7 @@ def test_shrinking_weighs_every_pixel_by_the_area_it_shares(height, width, data)
     torch.testing.assert_close(frames.shrink(frame, size), dense)
 
 
+@settings(deadline=None)
 @given(sides, sides, sides, sides)
 def test_the_low_band_is_what_the_proxys_cosine_modes_hold(height, width, rows, columns):
     frame = torch.rand(height, width, 3, generator=torch.Generator().manual_seed(1)).double()

@@ -51,9 +51,9 @@ def test_one_frame_and_a_window_that_covers_it():
 
 def test_rms_is_over_all_windows_and_the_worst_is_one():
     drift = torch.zeros(1, 2, 2, 3)
-    drift[0, 1, 0] = torch.tensor([3.0, -3.0, 3.0])
-    assert rms_drift(drift) == pytest.approx(1.5)
-    assert worst_drift(drift) == pytest.approx(3.0)
+    drift[0, 1, 0] = torch.tensor([4.0, -4.0, 2.0])
+    assert rms_drift(drift) == pytest.approx(3**0.5)
+    assert worst_drift(drift) == pytest.approx(12**0.5)
 
 
 def test_lines_for_another_size_are_refused():

@@ -121,3 +121,4 @@ def test_one_frame_has_no_pair_and_flow_must_fit():
     nothing = torch.zeros(2, 9, 9, dtype=torch.bool)
     energies = warping_errors(torch.rand(3, 9, 9, 3), torch.zeros(2, 9, 9, 2), nothing)
     assert energies.isnan().all()
+    assert rms_in_grey_levels(torch.tensor([math.nan, (2 / 255) ** 2])) == pytest.approx(2)

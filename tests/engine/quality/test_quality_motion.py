@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 from atlasvid.engine.quality.motion import SpeedScore, centroids, velocity, velocity_of_flow
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 speeds = st.floats(-4, 4)
@@ -19,6 +19,7 @@ def discs(frames, height, width, start, speed, radius=6.0):
     )
 
 
+@settings(deadline=None)
 @given(speeds, speeds)
 def test_a_disc_has_the_speed_at_which_it_was_moved(x, y):
     found = velocity(centroids(discs(9, 97, 95, (47, 48), (x, y))))
@@ -35,7 +36,7 @@ def test_frames_in_which_it_leaves_or_is_missing_do_not_count():
 
 def test_wrong_positions_do_not_matter():
     places = torch.arange(20)[:, None] * torch.tensor([2.0, -1.0])
-    places[[3, 8, 9, 17]] += torch.tensor([50.0, 90.0])
+    places[[0, 1, 2, 5]] += torch.tensor([50.0, 90.0])
     assert velocity(places) == pytest.approx((2.0, -1.0), abs=0.01)
 
 

@@ -6,7 +6,7 @@ from atlasvid.engine.grid import Grid
 from atlasvid.engine.quality.lines import Lines, window_lines
 from atlasvid.engine.quality.seams import column_seams, frame_seams, row_seams
 from atlasvid.engine.windows import ShiftedWindows, SlidingWindows, cuts
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from textures import panned, pink_noise
 
@@ -47,6 +47,7 @@ def test_lines_lie_where_tokens_of_both_blocks_meet():
     assert LINES.frames.edges == (0, 5, 13, 21)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 9), st.integers(1, 20), st.integers(1, 9), st.integers(0, 1))
 def test_lines_are_all_token_borders_and_cuts_are_the_windows(frames, side, window, block):
     windows = ShiftedWindows(Grid(frames, side, side), Grid(window, window, window))

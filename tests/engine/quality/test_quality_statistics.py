@@ -12,11 +12,12 @@ from atlasvid.engine.quality.statistics import (
     paired_difference,
     t_quantile,
 )
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300), st.floats(0.5, 0.999))
 def test_t_is_students(freedom, confidence):
     expected = stats.t.ppf((1 + confidence) / 2, freedom)
