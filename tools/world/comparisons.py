@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .judge import Judge, can_be_counted, coloured_mask
+from .judge import Judge, Layout, can_be_counted, coloured_mask
 from .scenes import FPS, random_scene
 from .sheets import save_sheet
 from .studio import DEFAULT, METHODS, Method, Studio
@@ -20,8 +20,8 @@ SHEETS = 4
 """Scenes of which pictures are kept."""
 
 
-def window_layouts(plan: Any) -> dict[str, list[Any]]:
-    """Where windows meet, per preset: the layouts of even and of odd blocks."""
+def window_layouts(plan: Any) -> dict[str, Layout]:
+    """Where the windows of each preset meet."""
     from atlasvid.engine.grid import Grid
     from atlasvid.engine.quality.lines import window_lines
     from atlasvid.engine.settings import preset_window
@@ -32,7 +32,8 @@ def window_layouts(plan: Any) -> dict[str, list[Any]]:
     for name in ("trained size", "compact"):
         window = preset_window(name, plan, COMPACT).clipped(plan.tokens)
         windows = ShiftedWindows(plan.tokens, window)
-        found[name] = [window_lines(windows.boxes(block), video) for block in (0, 1)]
+        even, odd = (list(windows.boxes(block)) for block in (0, 1))
+        found[name] = Layout(window_lines([*even, *odd], video), window_lines(even, video))
     return found
 
 

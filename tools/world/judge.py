@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .scenes import BALLOONS, FPS, LIGHTS, Scene, flow, masks
 from .studio import Case
+
+
+class Layout(NamedTuple):
+    """Where windows meet: in any block, and in the first one alone."""
+
+    all_blocks: Any
+    block: Any
+
 
 TOLD_APART = ("red", "purple", "green", "yellow")
 """Balloons whose colour is in no sky and no land, so that they can be counted by it."""
@@ -46,10 +54,10 @@ def coloured_mask(frame: Tensor, scene: Scene) -> Tensor:
 class Judge:
     """The measures, with what belongs to the truth kept for all methods of a case."""
 
-    def __init__(self, case: Case, windows: dict[str, Any]):
+    def __init__(self, case: Case, windows: dict[str, Layout]):
         """
         Args:
-            windows: the block layouts of each preset window, by its name.
+            windows: where the windows of each preset meet, by its name.
         """
         self.case = case
         self.windows = windows
@@ -89,25 +97,25 @@ class Judge:
         case, size = self.case, self.case.proxy_frames.shape[1:3]
         stride = case.plan.temporal_stride
         truth_high = bands.rms(bands.high_band_energies(case.truth, size))
-        lines = self.windows[window]
+        lines = self.windows[window].all_blocks
         given = {
             "fidelity": bands.psnr(bands.proxy_errors(video, case.proxy_frames, stride)),
             "truth": bands.psnr((video - case.truth).square().flatten(1).mean(1)),
             "detail": bands.decibels(bands.rms(bands.high_band_energies(video, size)), truth_high),
             "warping": flow.rms_beyond(self._warping(video), self.truth_warp),
             "flicker": flow.rms_beyond(self._flicker(video), self.truth_flicker),
-            "drift": max(
-                colour.rms_drift(colour.window_drift(video, case.proxy_frames, stride, each))
-                for each in lines
+            "drift": colour.rms_drift(
+                colour.window_drift(video, case.proxy_frames, stride, self.windows[window].block)
             ),
             "obeyed": float(
                 colour_seen(video[len(video) // 2], self.seen[len(video) // 2], case.scene)
                 == case.scene.balloon
             ),
         }
-        rows = [seams.row_seams(video, each.rows) for each in lines]
-        columns = [seams.column_seams(video, each.columns) for each in lines]
-        given["seam"] = max(score.ratio for score in (*rows, *columns))
+        off = video - case.truth  # the picture's own edges do not count
+        found = seams.row_seams(off, lines.rows), seams.column_seams(off, lines.columns)
+        given["seam"] = sum(score.excess for score in found) / 2
+        given["seam ratio"] = sum(score.ratio for score in found) / 2
         return given | self._objects(video)
 
     def _objects(self, video: Tensor) -> dict[str, float]:
