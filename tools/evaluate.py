@@ -24,6 +24,7 @@ def arguments() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=32, help="scenes (32)")
+    parser.add_argument("--first", type=int, default=0, help="the first of them, for several runs")
     parser.add_argument("--methods", nargs="*", metavar="NAME", help="some methods only")
     parser.add_argument("--set", default="main", help="which comparison: main, sizes, proxies")
     parser.add_argument(

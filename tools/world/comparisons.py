@@ -43,7 +43,7 @@ def judge_methods(
     """Every method on every scene of a plan."""
     chosen = [m for m in methods if not options.methods or m.name in options.methods]
     layouts = window_layouts(plan)
-    for seed in range(options.seeds):
+    for seed in range(options.first, options.seeds):
         missing = [m for m in chosen if (name, m.name, seed) not in ledger.rows]
         if not missing:
             continue
@@ -75,8 +75,8 @@ def _save(path: Any, videos: list[Tensor]) -> None:
 
 
 def main_comparison(studio: Studio, ledger: Any, options: Any) -> None:
-    """All methods at three times the proxy's size, stride 4, 17 frames."""
-    judge_methods(studio, ledger, options, "main", studio.plan(3, 4, 2), METHODS)
+    """All methods at three times the proxy's size, five frames."""
+    judge_methods(studio, ledger, options, "main", studio.plan(3, 1, 2), METHODS)
 
 
 SIZES = tuple((factor, stride) for factor in (2, 3, 4) for stride in (1, 4))
@@ -84,9 +84,7 @@ SIZES = tuple((factor, stride) for factor in (2, 3, 4) for stride in (1, 4))
 
 def sizes(studio: Studio, ledger: Any, options: Any) -> None:
     """The default and the trained configuration at other sizes and strides."""
-    chosen = tuple(
-        m for m in METHODS if m.name in (METHODS[0].name, DEFAULT.name, METHODS[-1].name)
-    )
+    chosen = (METHODS[0], DEFAULT, METHODS[-1])
     for factor, stride in SIZES:
         plan = studio.plan(factor, stride, 2)
         judge_methods(studio, ledger, options, f"x{factor}, stride {stride}", plan, chosen)
@@ -102,7 +100,7 @@ PROXIES = {
 def proxies(studio: Studio, ledger: Any, options: Any) -> None:
     """Sampled proxies of 17 frames at a quarter of the rate: speed, number and colour."""
     plan = studio.plan(3, 4, 5)
-    for seed in range(options.seeds):
+    for seed in range(options.first, options.seeds):
         scene = random_scene(np.random.default_rng(900_000 + seed))
         shown = []
         for name, (scaled, lora) in PROXIES.items():

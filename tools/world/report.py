@@ -27,7 +27,7 @@ MEASURES = {
     "stlpips": ("perceptual distance to the truth", "ST-LPIPS", "{:.3f}"),
 }
 TITLES = {
-    "main": "Three times the proxy's size, stride 4",
+    "main": "Three times the proxy's size, five frames",
     "proxies": "Sampled proxies: speed (0.09 to 0.13 heights per second are right) and number",
 }
 

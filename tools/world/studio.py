@@ -218,24 +218,22 @@ def upscaled(frames: Tensor, plan: Any) -> Tensor:
 
 
 DEFAULT = Method("the shipped default")
+FROM_NOISE = replace(DEFAULT, structure=0, denoise=1.0)
 METHODS = (
     Method("proxy up-scaled", kind="upscale"),
-    Method("stock model at full size", kind="stock", structure=0, denoise=1.0),
-    replace(DEFAULT, name="windows alone", guide_weight=0, structure=0, denoise=1.0),
-    replace(DEFAULT, name="guide, weight 1", guide_weight=1, structure=0, denoise=1.0),
-    replace(DEFAULT, name="guide", structure=0, denoise=1.0),
-    replace(DEFAULT, name="guide, clean", guide_noise="clean", structure=0, denoise=1.0),
-    replace(DEFAULT, name="guide, weight x 4", weight_factor=4, structure=0, denoise=1.0),
-    replace(DEFAULT, name="guide, margin 2", guide_margin=2, structure=0, denoise=1.0),
-    replace(DEFAULT, name="guide and structure", denoise=1.0),
-    replace(DEFAULT, name="structure alone", guide_weight=0, denoise=1.0),
-    DEFAULT,
-    replace(DEFAULT, name="default, weight 1", guide_weight=1),
-    replace(DEFAULT, name="default, no guide", guide_weight=0),
-    replace(DEFAULT, name="default, no structure", structure=0),
-    replace(DEFAULT, name="default, clean", guide_noise="clean"),
-    replace(DEFAULT, name="default, sliding", overlap="sliding"),
-    replace(DEFAULT, name="default, compact", window="compact"),
+    replace(FROM_NOISE, name="stock model at full size", kind="stock"),
+    replace(FROM_NOISE, name="windows alone", guide_weight=0),
+    replace(FROM_NOISE, name="guide, weight 1", guide_weight=1),
+    replace(FROM_NOISE, name="guide, ratio of keys", weight_factor=1),
+    replace(FROM_NOISE, name="guide, 4 x ratio", weight_factor=4),
+    replace(FROM_NOISE, name="guide, 16 x ratio", weight_factor=16),
+    replace(FROM_NOISE, name="guide, 16 x ratio, clean", weight_factor=16, guide_noise="clean"),
+    replace(FROM_NOISE, name="structure alone", guide_weight=0, structure=1.0),
+    replace(DEFAULT, name="0.7 and structure, no guide", guide_weight=0),
+    replace(DEFAULT, name="0.7 and structure, weight 1 (the old default)", guide_weight=1),
+    replace(DEFAULT, name="0.7 and structure, 16 x ratio", weight_factor=16),
+    replace(DEFAULT, name="0.7, 16 x ratio", weight_factor=16, structure=0),
+    replace(DEFAULT, name="0.7 and structure, 16 x, sliding", weight_factor=16, overlap="sliding"),
     Method(
         "guide LoRA, compact, from noise",
         window="compact",
@@ -244,4 +242,4 @@ METHODS = (
         denoise=1.0,
         lora=True,
     ),
-)  # fmt: skip
+)
