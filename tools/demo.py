@@ -1,8 +1,8 @@
 """Makes a short guided video in a real ComfyUI and says where it lies.
 
 The first run fetches a ComfyUI and an environment for it (about 7 GB, in a user cache folder);
-later ones start in seconds. It runs workflows/atlasvid_demo.json, on tiny models with random
-weights, so the picture is noise: what it shows is that every stage works on this machine.
+later ones start in seconds. It runs workflows/atlasvid_demo.json, on a toy model of 8 million
+parameters that was trained on drawings of hot-air balloons.
 """
 
 from __future__ import annotations

@@ -234,7 +234,7 @@ LORAS = {
         ("--seconds", "4", "--accumulate", "4", "--learning-rate", "0.001"),
     ),
     "guide": LoraStage(
-        96,
+        28,
         2 * WIDTH,
         2 * HEIGHT,
         17,
