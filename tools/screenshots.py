@@ -9,25 +9,39 @@ python tools/screenshots.py art         icon and banner, from their SVG
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import html
+import io
 import json
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import comfy_server
 from environment import COMFYUI, ROOT, prepare
+from twins import PROMPT, tiny_twin
+from workflow import to_prompt
 
 IMAGES = ROOT / "web" / "docs" / "images"
 WORKFLOWS = ROOT / "workflows"
 READY = "() => window.app && window.app.extensionManager && window.app.graph"
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}
 THUMBNAIL = {"width": 800, "height": 450}
+SHOWN = (
+    "wide view of a red balloon drifting left over hills at noon",
+    "wide view of a yellow balloon drifting right over snow at dusk",
+    "wide view of a purple balloon drifting left over desert at noon",
+    "wide view of a green balloon drifting right over snow at noon",
+    "wide view of a red balloon drifting right over snow at night",
+    "wide view of a yellow balloon drifting left over hills at night",
+    "wide view of a purple balloon drifting right over hills at dusk",
+)
 
 ONE_NODE = """async (kind) => {
     app.graph.clear()
@@ -126,21 +140,80 @@ def nodes() -> None:
 
 
 def workflows() -> None:
-    """A thumbnail beside every workflow, drawn from it."""
+    """A thumbnail beside every workflow: a frame of what its tiny twin makes.
+
+    An image-to-video graph has no tiny twin that was trained; it is drawn.
+    """
     from playwright.sync_api import sync_playwright
 
-    with sync_playwright() as playwright:
+    with sync_playwright() as playwright, tempfile.TemporaryDirectory() as folder:
         page = launched(playwright, **THUMBNAIL, scale=1.0)
-        for file in sorted(WORKFLOWS.glob("*.json")):
-            page.set_content(graph_drawing(json.loads(file.read_text("utf-8"))))
-            page.screenshot(path=file.with_suffix(".jpg"), type="jpeg", quality=85)
+        base = Path(folder)
+        comfyui = Path(os.environ["COMFYUI_PATH"])
+        server = comfy_server.running(Path(sys.executable), comfyui, base, options=("--cpu",))
+        with server as running, comfy_server.Session(running) as session:
+            for file, prompt in zip(sorted(WORKFLOWS.glob("*.json")), cycle(SHOWN), strict=False):
+                workflow = json.loads(file.read_text("utf-8"))
+                frame = twin_frame(session, workflow, prompt, base)
+                page.set_content(framed(workflow, frame) if frame else graph_drawing(workflow))
+                page.screenshot(path=file.with_suffix(".jpg"), type="jpeg", quality=85)
+
+
+def twin_frame(
+    session: comfy_server.Session, workflow: dict[str, Any], prompt: str, base: Path
+) -> bytes | None:
+    """The middle frame, as PNG, of what a workflow's tiny twin makes of a prompt."""
+    import av
+
+    twin = tiny_twin(to_prompt(workflow, session.object_info()), width=576, steps=12)
+    if any(node["class_type"] == "UNETLoader" for node in twin.values()):
+        return None
+    for node in twin.values():
+        if node["inputs"].get("text") == PROMPT:
+            node["inputs"]["text"] = prompt
+        if node["class_type"] == "LoadVideo":
+            draw_video(base / "input" / node["inputs"]["file"], prompt)
+    history = session.run(twin, 1800)
+    video = comfy_server.output_files(history, base / "output")[-1]
+    with av.open(str(video)) as container:
+        frames = list(container.decode(video=0))
+    out = io.BytesIO()
+    frames[len(frames) // 2].to_image().save(out, "PNG")
+    return out.getvalue()
+
+
+def draw_video(file: Path, prompt: str) -> None:
+    """A short video of the tiny world, at the proxy's size."""
+    import numpy as np
+    from world.scenes import FPS, View, render, scene_of
+    from world_worker import write_video
+
+    clip = render(scene_of(prompt, 1), View(192, 128), 2.0 + np.arange(17) / FPS)
+    write_video(file, clip * 2 - 1)
+
+
+def framed(workflow: dict[str, Any], frame: bytes) -> str:
+    """A page with a frame, the workflow's title, and what the frame is."""
+    data = base64.b64encode(frame).decode()
+    return (
+        "<body style='margin:0;background:#1b1720;color:#fff;font-family:sans-serif'>"
+        f"<img src='data:image/png;base64,{data}' style='width:800px;height:450px;object-fit:cover'>"
+        "<div style='position:absolute;left:0;right:0;bottom:0;padding:10px 20px;"
+        "background:linear-gradient(transparent,#000c)'>"
+        f"<div style='font-size:30px;font-weight:700'>{html.escape(title_of(workflow))}</div>"
+        "<div style='font-size:16px'>shown on a toy model trained on drawings</div></div></body>"
+    )
+
+
+def title_of(workflow: dict[str, Any]) -> str:
+    note = next(n for n in workflow["nodes"] if n["type"] == "MarkdownNote")
+    return note["widgets_values"][0].splitlines()[0].removeprefix("## ")
 
 
 def graph_drawing(workflow: dict[str, Any]) -> str:
     """A page with the workflow's title, its groups, nodes and links, to scale."""
-    note = next(n for n in workflow["nodes"] if n["type"] == "MarkdownNote")
-    title = note["widgets_values"][0].splitlines()[0].removeprefix("## ")
-    nodes = {node["id"]: node for node in workflow["nodes"] if node is not note}
+    title = title_of(workflow)
+    nodes = {n["id"]: n for n in workflow["nodes"] if n["type"] != "MarkdownNote"}
     groups = [group["bounding"] for group in workflow["groups"]]
     left, top = min(g[0] for g in groups), min(g[1] for g in groups)
     right, bottom = max(g[0] + g[2] for g in groups), max(g[1] + g[3] for g in groups)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from .latents import CHANNELS, LatentCode
 
-HELD_TO_CODE = 0.01
 DIM = 8
 """Base channels of the VAE (0.9 M parameters; the real one has 96)."""
 
@@ -195,16 +194,18 @@ class VaeTraining:
 
 
 class VaeTuning:
-    """Encoder and decoder together, from their separate trainings.
+    """The decoder once more, on what the trained encoder gives.
 
     Half of a batch goes through both, half is decoded from the code's own latents, as the diffusion
-    model gives them; the encoder is held to the code.
+    model gives them. The encoder stays: tuned along, both fell apart.
     """
 
     def __init__(self, vae: Any, recipe: VaeRecipe):
         self.vae, self.recipe = vae, recipe
+        names = ("decoder.", "conv2.")
+        self.parameters = [p for n, p in vae.named_parameters() if n.startswith(names)]
         self.optimizer = torch.optim.AdamW(
-            vae.parameters(), lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.0
+            self.parameters, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.0
         )
         self.step = 0
 
@@ -212,19 +213,19 @@ class VaeTuning:
         """One step; returns the mean squared error of the pixels."""
         half = len(video) // 2
         with torch.autocast("cpu", torch.bfloat16):
-            given = encode(self.vae, video[:half]).float()
+            with torch.no_grad():
+                given = encode(self.vae, video[:half]).float()
             noise = torch.randn(latents[half:].shape, generator=generator) * self.recipe.noise
             mixed = torch.cat([given, latents[half:] + noise])
-            pixels = F.mse_loss(decode(self.vae, mixed).float(), video)
-        loss = pixels + HELD_TO_CODE * F.mse_loss(given, latents[:half])
+            loss = F.mse_loss(decode(self.vae, mixed).float(), video)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.vae.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.rate * self.recipe.factor(self.step)
         self.optimizer.step()
         self.step += 1
-        return pixels.item()
+        return loss.item()
 
 
 def as_stock(decoder: dict[str, Tensor], encoder: dict[str, Tensor]) -> dict[str, Tensor]:
