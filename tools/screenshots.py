@@ -197,7 +197,8 @@ def framed(workflow: dict[str, Any], frame: bytes) -> str:
     data = base64.b64encode(frame).decode()
     return (
         "<body style='margin:0;background:#1b1720;color:#fff;font-family:sans-serif'>"
-        f"<img src='data:image/png;base64,{data}' style='width:800px;height:450px;object-fit:cover'>"
+        f"<img src='data:image/png;base64,{data}' "
+        "style='width:800px;height:450px;object-fit:cover'>"
         "<div style='position:absolute;left:0;right:0;bottom:0;padding:10px 20px;"
         "background:linear-gradient(transparent,#000c)'>"
         f"<div style='font-size:30px;font-weight:700'>{html.escape(title_of(workflow))}</div>"
