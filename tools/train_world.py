@@ -3,9 +3,9 @@
     python tools/train_world.py
 
 Stages, each resumed where it was stopped: `code` (the latent space), `clips` (rendered once),
-`model`, `decoder`, `encoder` (side by side where there are cores), `files` (what stock loaders
-take), `proxy` and `guide` (LoRAs, by the pack's own trainer) and `pack` (into models/tiny_world).
-Sample pictures appear in the work folder as it goes. A night on two cores, minutes on a card.
+`model` beside `decoder`, `encoder` and `tune` (the VAE), `files` (what stock loaders take), `proxy`
+and `guide` (LoRAs, by the pack's own trainer) and `pack` (into models/tiny_world). Sample pictures
+appear in the work folder as it goes. About two hours on two cores, minutes on a card.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from comfy_server import has_accelerator
 from environment import COMFYUI, ROOT, SetupError, cache_folder, prepare, say, stop_on_errors
 
 WORKER = Path(__file__).with_name("world_worker.py")
-STAGES = ("code", "clips", "model", "decoder", "encoder", "files", "proxy", "guide", "pack")
-SIDE_BY_SIDE = ({"model"}, {"decoder", "encoder"})
+STAGES = (
+    "code", "clips", "model", "decoder", "encoder", "tune", "files", "proxy", "guide", "pack",
+)  # fmt: skip
+SIDE_BY_SIDE = ({"model"}, {"decoder", "encoder", "tune"})
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -66,7 +68,7 @@ def together(stages: list[str], cpu: bool) -> list[list[list[str]]]:
     parallel = [lane for lane in lanes if lane]
     single = [s for s in stages if not any(s in lane for lane in SIDE_BY_SIDE)]
     before = [[[s]] for s in single if STAGES.index(s) < STAGES.index("model")]
-    after = [[[s]] for s in single if STAGES.index(s) > STAGES.index("encoder")]
+    after = [[[s]] for s in single if STAGES.index(s) > STAGES.index("tune")]
     return [*before, *([parallel] if parallel else []), *after]
 
 

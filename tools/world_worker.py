@@ -23,7 +23,7 @@ from world.sheets import save_sheet
 
 TOOLS = Path(__file__).resolve().parent
 SHARD = 100
-CLIP_SHARDS, PICTURE_SHARDS = 60, 60
+CLIP_SHARDS, PICTURE_SHARDS = 20, 22
 CROP, CROPS, CROP_BATCH = 96, 400, 4
 SAMPLED = (
     "wide view of a red balloon drifting right over hills at noon",
@@ -198,11 +198,8 @@ def write_files(work: Work) -> None:
     average = torch.load(work.folder / "dit.pt", weights_only=True)["average"]
     state = {name: value.half().contiguous() for name, value in average.items()}
     save_file(state, target / "tiny_world_t2v.safetensors", {"format": "pt"})
-    halves = [
-        torch.load(work.folder / f"{half}.pt", weights_only=True)["vae"]
-        for half in ("decoder", "encoder")
-    ]
-    merged = training_vae.as_stock(*halves)
+    tuned = torch.load(work.folder / "tuned.pt", weights_only=True)["vae"]
+    merged = training_vae.as_stock(tuned)
     save_file(merged, target / "tiny_world_vae.safetensors", {"format": "pt"})
 
 
@@ -226,11 +223,11 @@ class LoraStage:
 
 LORAS = {
     "proxy": LoraStage(
-        96,
+        40,
         WIDTH,
         HEIGHT,
         65,
-        300,
+        200,
         ("--seconds", "4", "--accumulate", "4", "--learning-rate", "0.001"),
     ),
     "guide": LoraStage(
@@ -238,7 +235,7 @@ LORAS = {
         2 * WIDTH,
         2 * HEIGHT,
         17,
-        500,
+        250,
         ("--seconds", "1", "--proxy-short-side", str(HEIGHT), "--learning-rate", "0.001"),
     ),
 }
@@ -312,12 +309,36 @@ def pack(work: Work) -> None:
         save_file(state, work.output / file, {**metadata, "tiny_world": WORLD_VERSION})
 
 
+def tune_decoder(work: Work) -> None:
+    """The decoder once more, on what the encoder gives."""
+    from atlasvid.engine import host
+    from world import vae as training_vae
+
+    target = work.folder / "tuned.pt"
+    if target.exists():
+        return
+    vae = host.build_wan_vae(training_vae.DIM).to(work.device)
+    for half in ("decoder", "encoder"):
+        trained = torch.load(work.folder / f"{half}.pt", weights_only=True)["vae"]
+        own = training_vae.HALVES[half]
+        vae.load_state_dict({k: v for k, v in trained.items() if k.startswith(own)}, strict=False)
+    recipe = training_vae.VaeRecipe(steps=work.steps or 520, rate=1e-3, warmup=60)
+    tuning = training_vae.VaeTuning(vae, recipe)
+    generator, batches, code = torch.Generator().manual_seed(0), crops(4242), work.code
+    for _ in tqdm(range(recipe.steps), desc="tuning"):
+        video = next(batches)
+        latents = code.encode(video)
+        tuning.update(video.to(work.device), latents.to(work.device), generator)
+    torch.save({"vae": vae.state_dict()}, target)
+
+
 STAGES: dict[str, Callable[[Work], None]] = {
     "code": fit_code,
     "clips": render_clips,
     "model": train_model,
     "decoder": train_half("decoder"),
     "encoder": train_half("encoder"),
+    "tune": tune_decoder,
     "files": write_files,
     "proxy": train_lora("proxy"),
     "guide": train_lora("guide"),

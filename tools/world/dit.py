@@ -34,9 +34,9 @@ class DitRecipe:
         ema: decay of the averaged weights.
     """
 
-    steps: int = 6000
-    cooldown: int = 1500
-    lengths: tuple[tuple[float, int], ...] = ((0.55, 1), (0.25, 3), (0.20, 5))
+    steps: int = 1800
+    cooldown: int = 450
+    lengths: tuple[tuple[float, int], ...] = ((0.67, 1), (0.13, 3), (0.20, 5))
     tokens: int = 5760
     muon_rate: float = 2e-3
     adam_rate: float = 1e-3

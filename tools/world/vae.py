@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from .latents import CHANNELS, LatentCode
 
+HALVES = {"encoder": ("encoder.", "conv1."), "decoder": ("decoder.", "conv2.")}
+"""Names of each half's weights."""
 DIM = 8
 """Base channels of the VAE (0.9 M parameters; the real one has 96)."""
 
@@ -126,8 +128,8 @@ class VaeRecipe:
             and the diffusion model.
     """
 
-    steps: int = 6000
-    rate: float = 3e-3
+    steps: int = 1300
+    rate: float = 1.5e-3
     warmup: int = 100
     noise: float = 0.03
     seed: int = 0
@@ -142,8 +144,8 @@ class VaeTraining:
     def __init__(self, vae: Any, half: str, recipe: VaeRecipe):
         self.vae, self.half, self.recipe = vae, half, recipe
         initialise(vae, recipe.seed)
-        names = ("encoder.", "conv1.") if half == "encoder" else ("decoder.", "conv2.")
-        self.parameters = [p for n, p in vae.named_parameters() if n.startswith(names)]
+        own = HALVES[half]
+        self.parameters = [p for n, p in vae.named_parameters() if n.startswith(own)]
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.0
         )
@@ -202,8 +204,8 @@ class VaeTuning:
 
     def __init__(self, vae: Any, recipe: VaeRecipe):
         self.vae, self.recipe = vae, recipe
-        names = ("decoder.", "conv2.")
-        self.parameters = [p for n, p in vae.named_parameters() if n.startswith(names)]
+        own = HALVES["decoder"]
+        self.parameters = [p for n, p in vae.named_parameters() if n.startswith(own)]
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.0
         )
@@ -228,7 +230,7 @@ class VaeTuning:
         return loss.item()
 
 
-def as_stock(decoder: dict[str, Tensor], encoder: dict[str, Tensor]) -> dict[str, Tensor]:
+def as_stock(vae: dict[str, Tensor]) -> dict[str, Tensor]:
     """One half-precision state dict whose latents have the statistics that ComfyUI expects of Wan.
 
     The latent format's mean and spread are folded into the 1x1 convolutions next to the latents.
@@ -237,8 +239,7 @@ def as_stock(decoder: dict[str, Tensor], encoder: dict[str, Tensor]) -> dict[str
 
     space = comfy.latent_formats.Wan21()
     mean, spread = space.latents_mean.view(-1), space.latents_std.view(-1)
-    state = {k: v.clone() for k, v in encoder.items() if k.startswith(("encoder.", "conv1."))}
-    state |= {k: v.clone() for k, v in decoder.items() if k.startswith(("decoder.", "conv2."))}
+    state = {name: value.clone() for name, value in vae.items()}
     weight, bias = state["conv1.weight"], state["conv1.bias"]
     weight[:CHANNELS] *= spread.view(-1, 1, 1, 1, 1)
     bias[:CHANNELS] = bias[:CHANNELS] * spread + mean
