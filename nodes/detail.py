@@ -144,8 +144,8 @@ class AtlasVidHierarchicalAttention(io.ComfyNode):
                     optional=True,
                     tooltip="How much the target follows the proxy: each of the guide's keys "
                     "counts so many times. auto: what the guide LoRA was trained with; without "
-                    "one, as much as the window's own keys. 1 is plain attention, 0 leaves the "
-                    "proxy out.",
+                    "one, 16 times the window's own keys for all of them together. 1 is plain "
+                    "attention, 0 leaves the proxy out.",
                 ),
                 io.Int.Input(
                     "guide_margin",

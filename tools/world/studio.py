@@ -28,7 +28,9 @@ class Method:
         kind: `branch` (the detail branch), `stock` (the model alone, at the target's size) or
             `upscale` (the proxy resampled bicubically).
         window: `trained size` or `compact`.
-        guide_weight: None for what `auto` gives, times `weight_factor`.
+        guide_weight: None for what `auto` gives.
+        weight_factor: instead of a weight, how often all guide keys together count against all of
+            the window's own.
         structure: strength of structure guidance; 0 leaves it out.
         lora: whether the guide LoRA is used.
     """
@@ -39,7 +41,7 @@ class Method:
     overlap: str = "shifted"
     guide_noise: str = "matched"
     guide_weight: float | None = None
-    weight_factor: float = 1.0
+    weight_factor: float | None = None
     guide_margin: int = 0
     structure: float = 1.0
     structure_end: float = 0.6
@@ -164,15 +166,15 @@ class Studio:
         """The model with the detail branch of a method."""
         from atlasvid.engine.detail import apply_detail_branch
         from atlasvid.engine.guidance import apply_structure_guidance
-        from atlasvid.engine.settings import preset_guide_weight, preset_window
+        from atlasvid.engine.settings import preset_window
         from atlasvid.engine.windows import COMPACT
 
         window = preset_window(method.window, case_plan, COMPACT)
         keys = case_plan.keys_per_query(window, method.guide_margin)
         lora = self.family.guide_lora if method.lora else None
-        weight = method.guide_weight
-        if weight is None:
-            weight = method.weight_factor * preset_guide_weight("auto", lora, *keys)
+        weight: Any = "auto" if method.guide_weight is None else method.guide_weight
+        if method.weight_factor is not None:
+            weight = method.weight_factor * keys[0] / keys[1]
         model = apply_detail_branch(
             self.model,
             case_plan,
@@ -224,16 +226,19 @@ METHODS = (
     replace(FROM_NOISE, name="stock model at full size", kind="stock"),
     replace(FROM_NOISE, name="windows alone", guide_weight=0),
     replace(FROM_NOISE, name="guide, weight 1", guide_weight=1),
-    replace(FROM_NOISE, name="guide, ratio of keys", weight_factor=1),
-    replace(FROM_NOISE, name="guide, 4 x ratio", weight_factor=4),
-    replace(FROM_NOISE, name="guide, 16 x ratio", weight_factor=16),
-    replace(FROM_NOISE, name="guide, 16 x ratio, clean", weight_factor=16, guide_noise="clean"),
+    replace(FROM_NOISE, name="guide, ratio of keys", weight_factor=1.0),
+    replace(FROM_NOISE, name="guide, 4 x ratio", weight_factor=4.0),
+    replace(FROM_NOISE, name="guide, 16 x ratio", weight_factor=16.0),
+    replace(FROM_NOISE, name="guide, 64 x ratio", weight_factor=64.0),
+    replace(FROM_NOISE, name="guide, 16 x ratio, clean", weight_factor=16.0, guide_noise="clean"),
     replace(FROM_NOISE, name="structure alone", guide_weight=0, structure=1.0),
     replace(DEFAULT, name="0.7 and structure, no guide", guide_weight=0),
     replace(DEFAULT, name="0.7 and structure, weight 1 (the old default)", guide_weight=1),
-    replace(DEFAULT, name="0.7 and structure, 16 x ratio", weight_factor=16),
-    replace(DEFAULT, name="0.7, 16 x ratio", weight_factor=16, structure=0),
-    replace(DEFAULT, name="0.7 and structure, 16 x, sliding", weight_factor=16, overlap="sliding"),
+    replace(DEFAULT, name="0.7 and structure, 16 x ratio", weight_factor=16.0),
+    replace(DEFAULT, name="0.7, 16 x ratio", weight_factor=16.0, structure=0),
+    replace(
+        DEFAULT, name="0.7 and structure, 16 x, sliding", weight_factor=16.0, overlap="sliding"
+    ),
     Method(
         "guide LoRA, compact, from noise",
         window="compact",
