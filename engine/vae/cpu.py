@@ -28,17 +28,21 @@ LANES = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 BAND_VALUES = 2**18
 BAND_POSITIONS = 2**12
 
+ONEDNN = torch.backends.mkldnn.is_available()
 LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 @contextmanager
-def fast_on_cpu(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """While open, the model's layers compute as below, unless `device` is no CPU.
+def fast_on_cpu(model: nn.Module, x: Tensor) -> Iterator[None]:
+    """While open, the model's layers compute as below for inputs such as x: float32 on a CPU.
+
+    Half precision keeps the core's layers: there a sum in another order is rounded differently
+    now and then, which thirty layers turn into several steps of a pixel.
 
     Only methods of single layers are replaced, for the time being; weights still come from the
     layers' own casts. Residual blocks cache their activations with channels last.
     """
-    if device.type != "cpu":
+    if x.device.type != "cpu" or x.dtype != torch.float32:
         yield
         return
     with ExitStack() as stack:
@@ -81,15 +85,6 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
-def convolves(dtype: torch.dtype) -> bool:
-    """Whether oneDNN convolves this dtype on this processor."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float32
-
-
 def _convolve(
     x: Tensor,
     weight: Tensor,
@@ -100,7 +95,7 @@ def _convolve(
     groups: int,
 ) -> Tensor:
     """A 2D or 3D convolution of x [N, C, (T,) H, W], by oneDNN where it can."""
-    if not convolves(x.dtype):
+    if not ONEDNN:
         compute: Any = F.conv2d if x.ndim == 4 else F.conv3d
         return compute(x, weight, bias, stride, padding, dilation, groups)
     layout = LAYOUTS[x.ndim]
@@ -127,7 +122,7 @@ class Kernel:
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.channels = weight.shape[0]
-        fits = [n for n in (2, 4) if n * self.channels <= LANES and convolves(weight.dtype)]
+        fits = [n for n in (2, 4) if n * self.channels <= LANES and ONEDNN]
         self.side = max(fits, default=1)
         shifted = [F.pad(weight, (i, self.side - 1 - i)) for i in range(self.side)]
         self._weight = torch.cat(shifted).contiguous(memory_format=LAYOUTS[weight.ndim])
@@ -155,10 +150,8 @@ def upsample(layers: Any, x: Tensor) -> Tensor:
     """Nearest up-sampling by two and a 3x3 convolution: x [N, C, h, w] -> [N, O, 2h, 2w].
 
     Rows and columns of one parity see two of the three taps on the same input, so x is never
-    repeated. Other dtypes than float32 would round the sum of two taps, so there it is.
+    repeated.
     """
-    if x.dtype != torch.float32:
-        return layers[1](layers[0](x))
     rows = x.movedim(1, -1)
     items, height, width, _ = rows.shape
     with host.weights(layers[1], x) as (weight, bias):
@@ -192,17 +185,13 @@ def rms_norm(norm: Any, x: Tensor) -> Tensor:
 
 def normalise(norm: Any, x: Tensor, out: Tensor) -> None:
     """Writes the core's RMS norm over the last axis of x [..., C] into `out`, of its shape."""
-    gamma = norm.gamma.to(x).flatten()
-    squares = torch.mul(x, x) if x.dtype == torch.float32 else x.float().square_()
-    ones = squares.new_ones((x.shape[-1], 1))
-    total = squares.reshape(-1, x.shape[-1]).mm(ones).view(*x.shape[:-1], 1)
-    if x.dtype == torch.float32:
-        torch.mul(x, total.clamp_min_(SMALLEST_NORM**2).rsqrt_(), out=out)
-        # As a row, it is as long as what it is multiplied with: one loop, not one per position.
-        out.mul_((gamma * norm.scale).repeat(x.shape[-2]).view(x.shape[-2:]))
-    else:  # rounded after every operation, as the core's result is
-        torch.div(x, total.sqrt_().to(x.dtype).clamp_min_(SMALLEST_NORM), out=out)
-        out.mul_(norm.scale).mul_(gamma)
+    channels = x.shape[-1]
+    total = torch.mul(x, x).reshape(-1, channels).mm(x.new_ones((channels, 1)))
+    factor = total.clamp_min_(SMALLEST_NORM**2).rsqrt_().view(*x.shape[:-1], 1)
+    torch.mul(x, factor, out=out)
+    # As a row, it is as long as what it is multiplied with: one loop, not one per position.
+    gain = (norm.gamma.to(x).flatten() * norm.scale).repeat(x.shape[-2])
+    out.mul_(gain.view(x.shape[-2:]))
     if norm.bias is not None:
         out.add_(norm.bias.to(x).flatten())
 

@@ -87,8 +87,8 @@ def _lean_attention(layers: Sequence[Any]) -> Iterator[None]:
 
 
 def lean_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`sliced_attention`, by PyTorch's fused attention on a CPU."""
-    if q.device.type != "cpu":
+    """`sliced_attention`, in float32 on a CPU by PyTorch's fused one."""
+    if q.device.type != "cpu" or q.dtype != torch.float32:
         return sliced_attention(q, k, v)
     shape = q.shape
     q, k, v = (x.flatten(2).transpose(1, 2)[:, None] for x in (q, k, v))
@@ -161,14 +161,14 @@ class WanDecoder:
     def features(self, latent: Tensor, cache: Cache) -> Tensor:
         """The whole-frame stage of one chunk: `conv2`, `conv1` and the middle block."""
         index = [0]
-        with fast_on_cpu(self.model, latent.device):
+        with fast_on_cpu(self.model, latent):
             x = self.model.conv2(latent)  # type: ignore[operator]
             x = cached_conv(self.coder.conv1, x, cache, index)
             return _middle(self.coder.middle, x, cache, index)
 
     def pixels(self, x: Tensor, cache: Cache, regions: Sequence[Box], first: bool) -> Tensor:
         """The local stage of one chunk and tile: features of `regions[0]` to its pixels."""
-        with fast_on_cpu(self.coder, x.device), self.chain.cropping(regions):
+        with fast_on_cpu(self.coder, x), self.chain.cropping(regions):
             out = self._up_blocks(x, cache, first) if self._in_blocks else self._run_up(x, cache)
         if self.patch == 1:
             return out
@@ -225,7 +225,7 @@ class WanEncoder:
         if self.patch > 1:
             x = rearrange(x, "b c f (h q) (w r) -> b (c r q) f h w", q=self.patch, r=self.patch)
         index = [0]
-        with fast_on_cpu(self.coder, x.device), self.chain.cropping(regions):
+        with fast_on_cpu(self.coder, x), self.chain.cropping(regions):
             x = cached_conv(self.coder.conv1, x, cache, index)
             for layer in self.coder.downsamples:
                 x = self._down(layer, x, cache, index, final)
@@ -243,7 +243,7 @@ class WanEncoder:
     def latents(self, x: Tensor, cache: Cache) -> Tensor:
         """The whole-frame stage of one chunk: the middle block, the head and `conv1`."""
         index = [0]
-        with fast_on_cpu(self.model, x.device):
+        with fast_on_cpu(self.model, x):
             x = _middle(self.coder.middle, x, cache, index)
             x = _head(self.coder.head, x, cache, index)
             return self.model.conv1(x).chunk(2, dim=1)[0]  # type: ignore[operator]
