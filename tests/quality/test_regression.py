@@ -13,9 +13,8 @@ import pytest
 import torch
 from atlasvid.engine import detail, guidance, windows
 from atlasvid.engine.tiny import trained_family
-from world.comparisons import proxy_scores, window_layouts
+from world.comparisons import window_layouts
 from world.judge import Judge
-from world.scenes import scene_of
 from world.studio import DEFAULT, Case, Method, Studio
 
 SEEDS = (0, 1, 2)
@@ -46,22 +45,21 @@ def score(studio: Studio, cases: list[Case], method: Method, measure: str) -> fl
     return mean(found)
 
 
-def proxy_speed(studio: Studio, scaled: bool = True) -> float:
-    """Heights per second at which the balloon of sampled proxies drifts; 0.09 to 0.13 are right."""
-    scene, plan = scene_of(MOVING, 0), studio.plan(3, 4, 5)
-    speeds = []
+def proxy_change(studio: Studio, scaled: bool = True) -> float:
+    """How much sampled proxies change from one latent frame to the next, root mean square."""
+    plan, changes = studio.plan(3, 4, 5), []
     with torch.inference_mode():
         for seed in SEEDS:
-            video = studio.decode(studio.proxy(plan, MOVING, seed, scaled, lora=True))
-            speeds.append(proxy_scores(video, scene, plan)["speed"])
-    return mean(speeds)
+            latent = studio.proxy(plan, MOVING, seed, scaled, lora=True)
+            changes.append(float(latent.diff(dim=2).square().mean().sqrt()))
+    return mean(changes)
 
 
-# Bounds lie between the measured value and that of the spoilt pictures, both in the comments.
-FOLLOWS = 18.0
-SEAM = 6.0
-STRUCTURE = 19.0
-SPEED = (0.06, 0.17)
+# Means over the seeds, and what the spoilt pictures have, as measured on the shipped family.
+FOLLOWS = 20.3  # dB: 22.3; unread 12.4, weight 1 17.3, a token off 17.3
+SEAM = 11.0  # grey levels: 7.5; windows that do not move 15.2
+STRUCTURE = 16.0  # dB: 21.1; of the wrong sign 9.3
+CHANGE = 1.45  # of latents: 1.81; RoPE not scaled 1.12
 
 
 def test_the_target_follows_the_guide(studio: Studio, cases: list[Case]) -> None:
@@ -73,37 +71,47 @@ def test_a_spoilt_guide_is_noticed(
     studio: Studio, cases: list[Case], spoil: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if spoil == "shifted by a token":
-        right = windows.GuideAlignment._first
+        right = windows.GuideAlignment.box
 
-        def wrong(self: windows.GuideAlignment, axis: int, window: windows.Box) -> int:
-            first, last = right(self, axis, window), self.guide[axis] - self.count[axis]
-            return min(first + 1, last) if axis else first
+        def wrong(self: windows.GuideAlignment, window: windows.Box) -> windows.Box:
+            box, last = (
+                right(self, window),
+                [n - c for n, c in zip(self.guide, self.count, strict=True)],
+            )
+            start = [min(a + (axis > 0), last[axis]) for axis, a in enumerate(box.start)]
+            return windows.Box(windows.Grid(*start), box.size)
 
-        monkeypatch.setattr(windows.GuideAlignment, "_first", wrong)
+        monkeypatch.setattr(windows.GuideAlignment, "box", wrong)
     else:
         weight = {"unread": 1e-6, "unweighted": 1.0}[spoil]
         monkeypatch.setattr(detail, "preset_guide_weight", lambda *_: weight)
     assert score(studio, cases, GUIDED, "fidelity") < FOLLOWS
 
 
-def test_windows_leave_no_seams(studio: Studio, cases: list[Case]) -> None:
-    assert score(studio, cases, GUIDED, "seam") < SEAM
+def fixed_seams(studio: Studio, cases: list[Case]) -> float:
+    """Offsets at the borders of even blocks' windows, without a guide that would hide them."""
+    found = []
+    with torch.inference_mode():
+        for case in cases:
+            layouts = {
+                name: layout._replace(all_blocks=layout.block)
+                for name, layout in window_layouts(case.plan).items()
+            }
+            video = studio.make(case, replace(GUIDED, guide_weight=0))
+            found.append(Judge(case, layouts).scores(video, GUIDED.window)["seam"])
+    return mean(found)
+
+
+def test_windows_leave_few_seams(studio: Studio, cases: list[Case]) -> None:
+    assert fixed_seams(studio, cases) < SEAM
 
 
 def test_windows_that_do_not_move_are_noticed(
     studio: Studio, cases: list[Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layouts = [window_layouts(case.plan) for case in cases]  # as they should be
     cuts: Callable = windows.cuts
-    monkeypatch.setattr(
-        windows, "cuts", lambda length, window, shifted: cuts(length, window, False)
-    )
-    found = []
-    with torch.inference_mode():
-        for case, layout in zip(cases, layouts, strict=True):
-            video = studio.make(case, GUIDED)
-            found.append(Judge(case, layout).scores(video, GUIDED.window)["seam"])
-    assert mean(found) > SEAM
+    monkeypatch.setattr(windows, "cuts", lambda length, window, _: cuts(length, window, False))
+    assert fixed_seams(studio, cases) > SEAM
 
 
 def test_structure_guidance_holds_the_composition(studio: Studio, cases: list[Case]) -> None:
@@ -118,9 +126,9 @@ def test_structure_guidance_of_the_wrong_sign_is_noticed(
     assert score(studio, cases, STRUCTURED, "fidelity") < STRUCTURE
 
 
-def test_proxies_move_at_the_asked_speed(studio: Studio) -> None:
-    assert SPEED[0] < proxy_speed(studio) < SPEED[1]
+def test_proxies_span_the_whole_video(studio: Studio) -> None:
+    assert proxy_change(studio) > CHANGE
 
 
 def test_proxies_without_scaled_rope_are_noticed(studio: Studio) -> None:
-    assert not SPEED[0] < proxy_speed(studio, scaled=False) < SPEED[1]
+    assert proxy_change(studio, scaled=False) < CHANGE
