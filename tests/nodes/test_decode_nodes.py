@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from argparse import Namespace
-from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import comfy.model_management
 import folder_paths
 import pytest
 import torch
-from atlasvid.engine.vae import scratch, wan
+from atlasvid.engine.vae import scratch
 from atlasvid.engine.vae.decode import TiledDecoder
 from atlasvid.engine.vae.frames import dequantise, quantise
 from atlasvid.engine.vae.regions import Grid
@@ -44,9 +43,7 @@ def two_tiles(monkeypatch):
 
 @pytest.fixture
 def one_tile(monkeypatch):
-    """One tile of the core's own layers: the stock decode bit for bit, also truncated to 8 bit."""
     monkeypatch.setattr(TiledDecoder, "plan", lambda _self: Grid(10, 12, 1, 1))
-    monkeypatch.setattr(wan, "fast_on_cpu", lambda *_: nullcontext())
 
 
 def latent(batch: int = 1, frames: int = 3):
@@ -57,6 +54,11 @@ def latent(batch: int = 1, frames: int = 3):
 def stock_images(vae, samples):
     with torch.inference_mode():
         return stock.VAEDecode().decode(vae, samples)[0]
+
+
+def our_images(vae, samples):
+    """The same decode as images: float32 differs from the stock's in the last bits."""
+    return AtlasVidDecode.execute(samples, vae, "auto")[0]
 
 
 def to_video(vae, samples, fps=16.0, **more):
@@ -79,13 +81,12 @@ def test_decode_gives_the_stock_images(vae, two_tiles):
 @pytest.mark.parametrize("audio", [None, sound(1.0)], ids=["silent", "sound"])
 def test_saved_files_equal_stock_files_byte_for_byte(vae, one_tile, tmp_path, audio):
     ours = to_video(vae, latent(), audio=audio)
-    theirs = create_video(stock_images(vae, latent()), 16.0, audio)
+    theirs = create_video(our_images(vae, latent()), 16.0, audio)
     assert saved_alike(ours, theirs, tmp_path)
 
 
 def test_files_from_several_tiles_equal_what_stock_nodes_write(vae, two_tiles, tmp_path):
-    """Float32 tiles may differ from untiled in the last bit, so stock encodes the same tiles."""
-    images = AtlasVidDecode.execute(latent(batch=2), vae, "auto")[0]
+    images = our_images(vae, latent(batch=2))
     ours = to_video(vae, latent(batch=2))
     assert saved_alike(ours, create_video(images, 16.0), tmp_path)
 
@@ -97,7 +98,7 @@ def test_ten_bit_files_equal_stock_files_or_are_refused(vae, one_tile, tmp_path)
         return
     video = to_video(vae, latent(), bit_depth=10)
     assert video.get_bit_depth() == 10
-    theirs = create_video(stock_images(vae, latent()), 16.0, bit_depth=10)
+    theirs = create_video(our_images(vae, latent()), 16.0, bit_depth=10)
     assert saved_alike(video, theirs, tmp_path)
 
 
@@ -122,7 +123,7 @@ def test_metadata_reaches_the_file_and_buffers_work(vae, tmp_path):
 def test_saving_twice_decodes_once(vae, two_tiles, tmp_path, monkeypatch):
     video = to_video(vae, latent())
     save_video(video, tmp_path / "first")
-    images = AtlasVidDecode.execute(latent(), vae, "auto")[0]
+    images = our_images(vae, latent())
 
     def again(*_args):
         raise AssertionError("decoded a second time")
@@ -167,7 +168,7 @@ def test_components_are_the_exact_pixels(vae, two_tiles):
 
 def test_a_trimmed_video_holds_its_frames_and_sound(vae, one_tile, tmp_path):
     video = to_video(vae, latent(), audio=sound(9 / 16)).as_trimmed(0.25, 0.25)
-    images = stock_images(vae, latent())[4:8]
+    images = our_images(vae, latent())[4:8]
     audio = sound(9 / 16)
     audio["waveform"] = audio["waveform"][..., 11025:22050]
     assert saved_alike(video, create_video(images, 16.0, audio), tmp_path)
