@@ -394,6 +394,13 @@ def with_lora(model: Any, lora: dict[str, Tensor], strength: float = 1.0) -> Any
     return comfy.sd.load_lora_for_models(model, None, lora, strength, 0)[0]
 
 
+def with_shift(model: Any, shift: float) -> Any:
+    """A clone of the model that samples at shifted noise levels, as the stock node sets it."""
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
+    return ModelSamplingSD3().patch(model, shift)[0]
+
+
 def load_vae(state: dict[str, Tensor]) -> Any:
     """A VAE from its weights, through the stock loader."""
     return comfy.sd.VAE(sd=state)

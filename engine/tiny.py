@@ -19,6 +19,8 @@ from .lora import GuideLora, load_guide_lora
 
 WORLD = Path(__file__).resolve().parent.parent / "models" / "tiny_world"
 WORLD_VERSION = "1"
+WORLD_SHIFT = 3.0
+"""Of the noise levels; Wan's own 8 is for many more tokens."""
 WORLD_WORDS = {
     "view": ("wide", "close"),
     "colour": ("red", "yellow", "green", "purple", "white"),
@@ -185,7 +187,7 @@ def trained_family(folder: Path = WORLD) -> TinyFamily:
     Raises:
         ValueError: see `world_file`.
     """
-    model = host.load_diffusion_model(world_state("t2v", folder))
+    model = host.with_shift(host.load_diffusion_model(world_state("t2v", folder)), WORLD_SHIFT)
     return TinyFamily(
         model,
         WorldTextEncoder(),

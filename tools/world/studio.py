@@ -17,7 +17,7 @@ from torch import Tensor
 from .clips import HEIGHT, WIDTH
 from .scenes import FPS, SPAN, Scene, View, random_scene, render
 
-STEPS, PROXY_STEPS, CFG, SHIFT = 8, 16, 3.0, 3.0
+STEPS, PROXY_STEPS, CFG = 8, 16, 3.0
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,7 @@ class Studio:
     """The trained family, ready to make cases and videos."""
 
     def __init__(self, family: Any):
-        import comfy_extras.nodes_model_advanced as advanced
-
-        shifted = advanced.ModelSamplingSD3()
-        self.model = shifted.patch(family.model, SHIFT)[0]
-        self.proxy_model = shifted.patch(family.proxy_model, SHIFT)[0]
+        self.model, self.proxy_model = family.model, family.proxy_model
         self.family, self.vae, self.text_encoder = family, family.vae, family.text_encoder
 
     def plan(self, factor: int, stride: int, latents: int) -> Any:
