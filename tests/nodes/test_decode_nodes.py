@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from argparse import Namespace
+from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import comfy.model_management
 import folder_paths
 import pytest
 import torch
-from atlasvid.engine.vae import scratch
+from atlasvid.engine.vae import scratch, wan
 from atlasvid.engine.vae.decode import TiledDecoder
 from atlasvid.engine.vae.frames import dequantise, quantise
 from atlasvid.engine.vae.regions import Grid
@@ -22,6 +23,8 @@ from stock_nodes import create_video, has_ten_bit, save_video, saved_alike
 from wan_vaes import wan21_vae
 
 import nodes as stock
+
+TOLERANCE = 5e-6
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +46,13 @@ def two_tiles(monkeypatch):
 
 @pytest.fixture
 def one_tile(monkeypatch):
-    """With one tile the decode is the stock's bit for bit, also across truncation to 8 bit."""
+    """With one tile and the core's layers the decode is the stock's bit for bit.
+
+    Truncation to 8 bit makes a step of any smaller difference.
+    """
     monkeypatch.setattr(TiledDecoder, "plan", lambda _self: Grid(10, 12, 1, 1))
+    monkeypatch.setattr(wan, "fast_on_cpu", lambda *_: nullcontext())
+    monkeypatch.setattr(wan, "lean_attention", wan.sliced_attention)
 
 
 def latent(batch: int = 1, frames: int = 3):
@@ -71,7 +79,7 @@ def test_decode_gives_the_stock_images(vae, two_tiles):
     images = AtlasVidDecode.execute(latent(), vae, "auto")[0]
     expected = stock_images(vae, latent())
     assert images.dtype == expected.dtype
-    assert (images - expected).abs().max() <= 2e-6
+    assert (images - expected).abs().max() <= TOLERANCE
 
 
 @pytest.mark.parametrize("audio", [None, sound(1.0)], ids=["silent", "sound"])
@@ -158,7 +166,7 @@ def test_measures_answer_without_decoding(vae, monkeypatch):
 def test_components_are_the_exact_pixels(vae, two_tiles):
     video = to_video(vae, latent(), audio=sound(0.5))
     components = video.get_components()
-    assert (components.images - stock_images(vae, latent())).abs().max() <= 2e-6
+    assert (components.images - stock_images(vae, latent())).abs().max() <= TOLERANCE
     assert components.frame_rate == Fraction(16)
     assert torch.equal(components.audio["waveform"], sound(0.5)["waveform"])
 
