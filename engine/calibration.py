@@ -142,9 +142,10 @@ def _convolution_rate(channels: int, device: torch.device, dtype: torch.dtype) -
     block = host.wan_residual_block(channels)
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=channels**-0.5)
-    frames = torch.randn(1, channels, 2, 128, 128)
-    seconds = _best(device, lambda: residual_block(block, frames, [None, None], [0]))
-    return 2 * 2 * flops * 128**2 / seconds  # two convolutions, two frames
+    frames = torch.randn(1, 2, 256, 256, channels).movedim(-1, 1)  # channels last, as in a decode
+    cache = [None, None]
+    seconds = _best(device, lambda: residual_block(block, frames, cache, [0]))
+    return 2 * 2 * flops * 256**2 / seconds  # two convolutions, two frames
 
 
 def _best(device: torch.device, compute: Callable[[], object]) -> float:
