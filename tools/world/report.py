@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from datetime import date
@@ -32,10 +33,25 @@ TITLES = {
 }
 
 
+def complete(rows: Rows) -> Rows:
+    """Only the scenes of a comparison that every one of its methods has made."""
+    kept: dict[tuple[str, str, int], Mapping[str, float]] = {}
+    for name in dict.fromkeys(name for name, _, _ in rows):
+        methods = methods_of(rows, name)
+        for (kind, method, seed), scores in rows.items():
+            if kind == name and all((name, each, seed) in rows for each in methods):
+                kept[kind, method, seed] = scores
+    return kept
+
+
 def write(rows: Rows) -> None:
     """The report of all comparisons that the rows hold."""
     names = list(dict.fromkeys(name for name, _, _ in rows))
     parts = [_head()]
+    with (RESULTS / "quality.jsonl").open("w", encoding="utf-8") as out:
+        for (name, method, seed), scores in rows.items():
+            row = {"set": name, "method": method, "seed": seed, "scores": scores}
+            out.write(json.dumps(row) + "\n")
     for name in names:
         parts.append(f"## {TITLES.get(name, name)}\n\n{table(rows, name)}")
     if "main" in names:
@@ -128,8 +144,22 @@ def plot(rows: Rows) -> None:
     plt.close(figure)
 
 
-def save_contact_sheet(files: list[Path], methods: list[str], target: Path) -> None:
-    """The middle frame of methods (columns) on scenes (rows), with their names."""
+ON_SHEET = (
+    "truth",
+    "proxy up-scaled",
+    "stock model at full size",
+    "windows alone",
+    "guide, weight 1",
+    "guide, 16 x ratio",
+    "0.7 and structure, weight 1 (the old default)",
+    "0.7 and structure, 16 x ratio",
+)
+
+
+def save_contact_sheet(files: list[Path]) -> None:
+    """The middle frame of some methods (columns) on scenes (rows, a file each)."""
+    if not files:
+        return
     import matplotlib as mpl
     import torch
 
@@ -137,7 +167,7 @@ def save_contact_sheet(files: list[Path], methods: list[str], target: Path) -> N
     import matplotlib.pyplot as plt
 
     scenes: list[dict[str, Any]] = [torch.load(file) for file in files]
-    shown = [m for m in methods if all(m in scene for scene in scenes)]
+    shown = [m for m in ON_SHEET if all(m in scene for scene in scenes)]
     columns = min(4, len(shown))
     across = math.ceil(len(shown) / columns)
     size = (columns * 3.2, across * len(scenes) * 2.35)
@@ -151,5 +181,5 @@ def save_contact_sheet(files: list[Path], methods: list[str], target: Path) -> N
             if j == 0:
                 axis.set_title(method, fontsize=9)
     figure.tight_layout(pad=0.3)
-    figure.savefig(target, dpi=90, pil_kwargs={"quality": 88})
+    figure.savefig(RESULTS / "quality_sheet.jpg", dpi=90, pil_kwargs={"quality": 88})
     plt.close(figure)
