@@ -48,6 +48,12 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("--cpu", action="store_true", help="even where there is a card")
     parser.add_argument("--steps", type=int, help="of the stages named, instead of the recipe's")
+    parser.add_argument(
+        "--start",
+        type=Path,
+        metavar="FOLDER",
+        help="begin with the weights of a finished family, such as models/tiny_world",
+    )
     return parser
 
 
@@ -57,6 +63,8 @@ def command(options: argparse.Namespace, python: Path, stage: str, cpu: bool) ->
     made += ["--output", str(options.output.resolve())]
     if options.steps:
         made += ["--steps", str(options.steps)]
+    if options.start:
+        made += ["--start", str(options.start.resolve())]
     return [*made, "--cpu"] if cpu else made
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from pack_loader import load_comfyui, load_pack
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 from world.clips import HEIGHT, WIDTH, random_clip, random_clips, random_crop
@@ -40,6 +41,7 @@ class Work:
         self.folder: Path = options.work
         self.output: Path = options.output
         self.steps: int | None = options.steps
+        self.start: Path | None = options.start
         self.device = torch.device("cpu" if options.cpu else "cuda")
 
     @property
@@ -129,6 +131,8 @@ def train_model(work: Work) -> None:
     checkpoint = work.folder / "dit.pt"
     if checkpoint.exists():
         training.load(checkpoint)
+    elif work.start:
+        training.start_from(load_file(work.start / "tiny_world_t2v.safetensors"))
     batches = Batches(work, recipe)
     with tqdm(total=recipe.steps, initial=training.step, desc="model") as bar:
 
@@ -170,6 +174,9 @@ def train_half(half: str) -> Callable[[Work], None]:
         checkpoint = work.folder / f"{half}.pt"
         if checkpoint.exists():
             training.load(checkpoint)
+        elif work.start:
+            given = load_file(work.start / "tiny_world_vae.safetensors")
+            vae.load_state_dict(training_vae.from_stock(given))
         held = torch.stack([random_crop(np.random.default_rng(99 + i), CROP) for i in range(8)])
         batches, code = crops(training.step * 7 + (half == "encoder")), work.code
         generator = torch.Generator().manual_seed(training.step)
@@ -352,6 +359,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--start", type=Path)
     parser.add_argument("--cpu", action="store_true")
     options = parser.parse_args()
     flags = ["--cpu"] if options.cpu else []

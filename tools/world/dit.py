@@ -151,6 +151,12 @@ class DitTraining:
         self.step, self.losses = state["step"], state["losses"]
         self._copy_to_twin()
 
+    def start_from(self, weights: dict[str, Tensor]) -> None:
+        """Begin with the weights of a finished model."""
+        self.model.load_state_dict({name: value.float() for name, value in weights.items()})
+        self.average.load_state_dict(self.model.state_dict())
+        self._copy_to_twin()
+
     @torch.no_grad()
     def _copy_to_twin(self) -> None:
         for mine, its in zip(self.model.parameters(), self.twin.parameters(), strict=True):

@@ -235,10 +235,28 @@ def as_stock(vae: dict[str, Tensor]) -> dict[str, Tensor]:
 
     The latent format's mean and spread are folded into the 1x1 convolutions next to the latents.
     """
+    mean, spread = _wan_statistics()
+    state = _with_statistics(vae, mean, spread)
+    return {name: value.half().contiguous() for name, value in state.items()}
+
+
+def from_stock(vae: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `as_stock`, in float32: latents as the code gives them."""
+    mean, spread = _wan_statistics()
+    state = {name: value.float() for name, value in vae.items()}
+    return _with_statistics(state, -mean / spread, 1 / spread)
+
+
+def _wan_statistics() -> tuple[Tensor, Tensor]:
+    """Mean and spread [16] of Wan's latents."""
     import comfy.latent_formats
 
     space = comfy.latent_formats.Wan21()
-    mean, spread = space.latents_mean.view(-1), space.latents_std.view(-1)
+    return space.latents_mean.view(-1), space.latents_std.view(-1)
+
+
+def _with_statistics(vae: dict[str, Tensor], mean: Tensor, spread: Tensor) -> dict[str, Tensor]:
+    """The VAE for latents z * spread + mean in place of z."""
     state = {name: value.clone() for name, value in vae.items()}
     weight, bias = state["conv1.weight"], state["conv1.bias"]
     weight[:CHANNELS] *= spread.view(-1, 1, 1, 1, 1)
@@ -246,4 +264,4 @@ def as_stock(vae: dict[str, Tensor]) -> dict[str, Tensor]:
     weight, bias = state["conv2.weight"], state["conv2.bias"]
     weight /= spread.view(1, -1, 1, 1, 1)
     bias -= weight[:, :, 0, 0, 0] @ mean
-    return {name: value.half().contiguous() for name, value in state.items()}
+    return state
