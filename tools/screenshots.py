@@ -174,11 +174,13 @@ def twin_frame(
         if node["class_type"] == "LoadVideo":
             draw_video(base / "input" / node["inputs"]["file"], prompt)
     history = session.run(twin, 1800)
-    video = comfy_server.output_files(history, base / "output")[-1]
-    with av.open(str(video)) as container:
-        frames = list(container.decode(video=0))
+    pictures = []
+    for video in comfy_server.output_files(history, base / "output"):
+        with av.open(str(video)) as container:
+            frames = list(container.decode(video=0))
+        pictures.append(frames[len(frames) // 2].to_image())
     out = io.BytesIO()
-    frames[len(frames) // 2].to_image().save(out, "PNG")
+    max(pictures, key=lambda picture: picture.width).save(out, "PNG")  # the proxy is saved too
     return out.getvalue()
 
 
