@@ -194,8 +194,8 @@ def demo() -> int:
             for file in comfy_server.output_files(history, output):
                 report(python, file)
             if options.serve:
-                say(f"open {server.address} in a browser; Ctrl+C ends it")
-                with contextlib.suppress(KeyboardInterrupt):
+                with contextlib.suppress(KeyboardInterrupt):  # as soon as it is told how to
+                    say(f"open {server.address} in a browser; Ctrl+C ends it")
                     server.process.wait()
                 say("ComfyUI has ended")
     return 0
