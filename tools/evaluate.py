@@ -12,11 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
 from bench import in_prepared_environment
 from environment import cache_folder, stop_on_errors
+from measure import RESULTS
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -35,6 +37,11 @@ def arguments() -> argparse.ArgumentParser:
         help="for scores and pictures",
     )
     parser.add_argument("--family", type=Path, metavar="FOLDER", help="another trained family")
+    parser.add_argument(
+        "--go-on",
+        action="store_true",
+        help="add scenes to those in benchmarks/quality.jsonl, of the same models and code",
+    )
     parser.add_argument("--report", action="store_true", help="only write benchmarks/quality.md")
     return parser
 
@@ -74,7 +81,10 @@ def main() -> int:
     from world.comparisons import COMPARISONS
 
     options.work.mkdir(parents=True, exist_ok=True)
-    ledger = Ledger(options.work / "scores.jsonl")
+    scores = options.work / "scores.jsonl"
+    if options.go_on and not scores.exists():
+        shutil.copy(RESULTS / "quality.jsonl", scores)
+    ledger = Ledger(scores)
     if not options.report:
         from atlasvid.engine.tiny import WORLD, trained_family
         from world.studio import Studio
