@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -53,6 +54,9 @@ def fit_code(work: Work) -> None:
     """The latent space, from a few hundred clips."""
     path = work.folder / "code.safetensors"
     if path.exists():
+        return
+    if work.start:  # its models speak no other
+        shutil.copy(work.start / "tiny_world_code.safetensors", path)
         return
     clips, _ = random_clips(0, 300, 128, 128)
     code = fit(clips[:260], steps=700)
@@ -308,6 +312,7 @@ def pack(work: Work) -> None:
     from safetensors.torch import save_file
 
     work.output.mkdir(parents=True, exist_ok=True)
+    shutil.copy(work.folder / "code.safetensors", work.output / "tiny_world_code.safetensors")
     for name in ("t2v", "vae", "proxy_lora", "guide_lora"):
         file = f"tiny_world_{name}.safetensors"
         with safe_open(work.folder / "files" / file, framework="pt") as opened:
