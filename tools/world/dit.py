@@ -164,8 +164,8 @@ class DitTraining:
 
     def update(self, latents: Tensor, text: Tensor, generator: torch.Generator) -> float:
         """One step on clips [N, 16, F, H, W] with text [N, L, 4096]; returns the loss."""
-        sigma = noise_levels(len(latents), self.recipe.shift, generator)
-        noise = torch.randn(latents.shape, generator=generator)
+        sigma = noise_levels(len(latents), self.recipe.shift, generator).to(latents.device)
+        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         s = sigma.view(-1, 1, 1, 1, 1)
         x = ((1 - s) * latents + s * noise).bfloat16()
         loss = F.mse_loss(self.twin(x, sigma * 1000, text.bfloat16()).float(), noise - latents)

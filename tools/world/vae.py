@@ -174,7 +174,9 @@ class VaeTraining:
             if self.half == "encoder":
                 loss = F.mse_loss(encode(self.vae, video).float(), latents)
             else:
-                noise = torch.randn(latents.shape, generator=generator) * self.recipe.noise
+                noise = (
+                    torch.randn(latents.shape, generator=generator).to(latents) * self.recipe.noise
+                )
                 loss = F.mse_loss(decode(self.vae, latents + noise).float(), video)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -217,8 +219,8 @@ class VaeTuning:
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 given = encode(self.vae, video[:half]).float()
-            noise = torch.randn(latents[half:].shape, generator=generator) * self.recipe.noise
-            mixed = torch.cat([given, latents[half:] + noise])
+            noise = torch.randn(latents[half:].shape, generator=generator).to(latents)
+            mixed = torch.cat([given, latents[half:] + self.recipe.noise * noise])
             loss = F.mse_loss(decode(self.vae, mixed).float(), video)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
