@@ -45,11 +45,11 @@ def main() -> int:
     return 0
 
 
-def in_prepared_environment() -> int:
+def in_prepared_environment(*, evaluation: bool = False) -> int:
     """Runs this command again in the environment that the demo and the tests use."""
     from environment import COMFYUI, prepare
 
-    setup = prepare(tests=True)
+    setup = prepare(tests=True, evaluation=evaluation)
     environment = {**os.environ, "COMFYUI_PATH": str(setup.comfyui[COMFYUI])}
     command = [str(setup.python), *sys.argv]
     return subprocess.run(command, env=environment, check=False).returncode

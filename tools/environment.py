@@ -39,6 +39,7 @@ SOURCE_DISTRIBUTIONS = {"0.30.0": "2.6.0", "0.18.0": "1.2.0"}
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 # Asked for by ComfyUI and not needed to run it: gigabytes of templates, and an OpenGL backend.
 LEFT_OUT = ("comfyui-workflow-templates", "comfy-angle", "glfw")
+EVALUATION = ("stlpips-pytorch==0.0.2",)  # a perceptual metric with its weights, 64 MB
 OLDEST_PYTHON = (3, 11)
 GIB = 2**30
 
@@ -365,8 +366,10 @@ def unpack(archive: Path, inside: PurePosixPath, target: Path) -> None:
 # --- The whole ------------------------------------------------------------------------------
 
 
-def layers_for(comfyui: Path, *, tests: bool, training: bool = False) -> tuple[Layer, ...]:
-    """What the environment of `comfyui` holds: host, pack and what tests or training need."""
+def layers_for(
+    comfyui: Path, *, tests: bool, training: bool = False, evaluation: bool = False
+) -> tuple[Layer, ...]:
+    """What the environment of `comfyui` holds: host, pack and what each purpose needs."""
     host = TORCH + read_requirements(
         comfyui / "requirements.txt", without=(*LEFT_OUT, "torch", "torchvision", "torchaudio")
     )
@@ -380,11 +383,17 @@ def layers_for(comfyui: Path, *, tests: bool, training: bool = False) -> tuple[L
     if tests:
         wanted = read_requirements(ROOT / "tests" / "requirements.txt")
         layers = (*layers, Layer("test", wanted, needs_gib=1))
+    if evaluation:
+        layers = (*layers, Layer("evaluation", EVALUATION, needs_gib=0.5))
     return layers
 
 
 def prepare(
-    versions: tuple[str, ...] = (COMFYUI,), *, tests: bool = False, training: bool = False
+    versions: tuple[str, ...] = (COMFYUI,),
+    *,
+    tests: bool = False,
+    training: bool = False,
+    evaluation: bool = False,
 ) -> Setup:
     """Sets up what is missing and returns the whole; seconds when nothing is.
 
@@ -395,7 +404,8 @@ def prepare(
     with locked(cache):
         remove_leftovers(cache)
         comfyui = {version: fetch_comfyui(cache, version) for version in versions}
-        layers = layers_for(comfyui[versions[0]], tests=tests, training=training)
+        purposes = {"tests": tests, "training": training, "evaluation": evaluation}
+        layers = layers_for(comfyui[versions[0]], **purposes)
         python = install(cache, venv_folder(cache, layers[0]), layers)
     return Setup(python, comfyui)
 

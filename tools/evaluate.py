@@ -28,7 +28,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=32, help="scenes (32)")
     parser.add_argument("--first", type=int, default=0, help="the first of them, for several runs")
     parser.add_argument("--methods", nargs="*", metavar="NAME", help="some methods only")
-    parser.add_argument("--set", default="main", help="which comparison: main, sizes, proxies")
+    parser.add_argument(
+        "--set", default="main", help="which comparison: main, settings, sizes, proxies"
+    )
     parser.add_argument(
         "--work",
         type=Path,
@@ -68,7 +70,7 @@ def main() -> int:
     options = arguments().parse_args()
     comfyui = os.environ.get("COMFYUI_PATH")
     if not comfyui:
-        return in_prepared_environment()
+        return in_prepared_environment(evaluation=True)
     import torch
     from pack_loader import load_comfyui, load_pack
 

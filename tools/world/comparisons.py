@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import perceptual
 from .judge import Judge, Layout, can_be_counted, coloured_mask
 from .scenes import FPS, random_scene
 from .sheets import save_sheet
-from .studio import DEFAULT, METHODS, Method, Studio
+from .studio import DEFAULT, METHODS, SETTINGS, Method, Studio
 
 SHEETS = 4
 """Scenes of which pictures are kept."""
@@ -42,13 +43,13 @@ def judge_methods(
 ) -> None:
     """Every method on every scene of a plan."""
     chosen = [m for m in methods if not options.methods or m.name in options.methods]
-    layouts = window_layouts(plan)
+    layouts, metric = window_layouts(plan), perceptual.load()
     for seed in range(options.first, options.seeds):
         missing = [m for m in chosen if (name, m.name, seed) not in ledger.rows]
         if not missing:
             continue
         case = studio.case(seed, plan)
-        judge = Judge(case, layouts)
+        judge = Judge(case, layouts, metric)
         ledger.add((name, "truth", seed), judge.scores(case.truth, "trained size"))
         shown: list[Tensor] = [case.truth]
         for method in missing:
@@ -77,6 +78,11 @@ def _save(path: Any, videos: list[Tensor]) -> None:
 def main_comparison(studio: Studio, ledger: Any, options: Any) -> None:
     """All methods at three times the proxy's size, five frames."""
     judge_methods(studio, ledger, options, "main", studio.plan(3, 1, 2), METHODS)
+
+
+def settings(studio: Studio, ledger: Any, options: Any) -> None:
+    """The default with one setting changed, on the scenes and noise of the main comparison."""
+    judge_methods(studio, ledger, options, "settings", studio.plan(3, 1, 2), SETTINGS)
 
 
 SIZES = tuple((factor, stride) for factor in (2, 3, 4) for stride in (1, 4))
@@ -139,6 +145,7 @@ def proxy_scores(video: Tensor, scene: Any, plan: Any) -> dict[str, float]:
 
 COMPARISONS: dict[str, Callable[[Studio, Any, Any], None]] = {
     "main": main_comparison,
+    "settings": settings,
     "sizes": sizes,
     "proxies": proxies,
 }

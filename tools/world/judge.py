@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import perceptual
 from .scenes import BALLOONS, FPS, LIGHTS, Scene, flow, masks
 from .studio import Case
 
@@ -54,12 +55,14 @@ def coloured_mask(frame: Tensor, scene: Scene) -> Tensor:
 class Judge:
     """The measures, with what belongs to the truth kept for all methods of a case."""
 
-    def __init__(self, case: Case, windows: dict[str, Layout]):
+    def __init__(self, case: Case, windows: dict[str, Layout], metric: Any = None):
         """
         Args:
             windows: where the windows of each preset meet, by its name.
+            metric: what `perceptual.load` gives; without it, no perceptual distance.
         """
         self.case = case
+        self.metric = metric
         self.windows = windows
         pairs = list(zip(case.times[:-1], case.times[1:], strict=True))
         self.flows = [flow(case.scene, case.view, a, b) for a, b in pairs]
@@ -112,6 +115,8 @@ class Judge:
                 == case.scene.balloon
             ),
         }
+        if self.metric is not None:
+            given["stlpips"] = perceptual.distance(self.metric, video, case.truth)
         off = video - case.truth  # the picture's own edges do not count
         found = seams.row_seams(off, lines.rows), seams.column_seams(off, lines.columns)
         given["seam"] = sum(score.excess for score in found) / 2

@@ -29,6 +29,7 @@ MEASURES = {
 }
 TITLES = {
     "main": "Three times the proxy's size, five frames",
+    "settings": "One setting of the default changed",
     "proxies": "Sampled proxies: speed (0.09 to 0.13 heights per second are right) and number",
 }
 

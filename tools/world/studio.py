@@ -225,9 +225,7 @@ METHODS = (
     replace(FROM_NOISE, name="guide, ratio of keys", weight_factor=1.0),
     replace(FROM_NOISE, name="guide, 4 x ratio", weight_factor=4.0),
     replace(FROM_NOISE, name="guide, 16 x ratio", weight_factor=16.0),
-    replace(FROM_NOISE, name="guide, 64 x ratio", weight_factor=64.0),
-    replace(FROM_NOISE, name="guide, 16 x ratio, clean", weight_factor=16.0, guide_noise="clean"),
-    replace(FROM_NOISE, name="structure alone", guide_weight=0, structure=1.0),
+    replace(DEFAULT, name="structure alone", guide_weight=0, denoise=1.0),
     replace(DEFAULT, name="0.7 and structure, no guide", guide_weight=0),
     replace(DEFAULT, name="0.7 and structure, weight 1 (the old default)", guide_weight=1),
     replace(DEFAULT, name="0.7 and structure, 16 x ratio", weight_factor=16.0),
@@ -244,3 +242,16 @@ METHODS = (
         lora=True,
     ),
 )
+SETTINGS = (
+    DEFAULT,
+    *(replace(DEFAULT, name=f"denoise {d}", denoise=d) for d in (0.5, 0.6, 0.8, 0.9, 1.0)),
+    *(replace(DEFAULT, name=f"structure strength {s}", structure=s) for s in (0.0, 0.5, 2.0)),
+    *(replace(DEFAULT, name=f"structure until {e}", structure_end=e) for e in (0.3, 1.0)),
+    *(replace(DEFAULT, name=f"guide {w:g} x ratio", weight_factor=w) for w in (1.0, 4.0, 64.0)),
+    *(replace(DEFAULT, name=f"guide margin {m}", guide_margin=m) for m in (1, 2)),
+    replace(DEFAULT, name="clean guide", guide_noise="clean"),
+    replace(DEFAULT, name="compact windows", window="compact"),
+    replace(DEFAULT, name="sliding windows", overlap="sliding"),
+    *(replace(DEFAULT, name=f"{n} steps", steps=n) for n in (4, 16)),
+)
+"""One setting at a time; the default is denoise 0.7, structure 1 until 0.6, guide 16 x ratio."""
