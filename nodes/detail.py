@@ -2,13 +2,13 @@
 
 from comfy_api.latest import io
 
-from ..engine.attention import BACKENDS
-from ..engine.detail import apply_detail_branch
-from ..engine.grid import Grid
-from ..engine.guidance import apply_structure_guidance
-from ..engine.latents import require_proxy, upscale_proxy
-from ..engine.memory import AUTO
-from ..engine.settings import GUIDE_NOISE, OVERLAPS, preset_guide_noise, preset_window
+from ..engine.branch.apply import apply_detail_branch
+from ..engine.branch.attention import BACKENDS
+from ..engine.branch.settings import GUIDE_NOISE, OVERLAPS, preset_guide_noise, preset_window
+from ..engine.device.budget import AUTO
+from ..engine.geometry.grid import Grid
+from ..engine.proxy.latents import require_proxy, upscale_proxy
+from ..engine.proxy.structure import apply_structure_guidance
 from .types import CATEGORY, GuideLoraType, PlanType, memory_budget_input
 
 

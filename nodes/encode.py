@@ -3,7 +3,7 @@
 import torch
 from comfy_api.latest import io
 
-from ..engine import host
+from ..engine.comfyui import management, models
 from ..engine.vae.encode import encode_frames, start_image_latents
 from ..engine.vae.sources import frame_source
 from ..engine.vae.wan import latent_count
@@ -111,10 +111,10 @@ class AtlasVidImageToVideo(io.ComfyNode):
             shown["clip_vision_output"] = clip_vision_output
         empty = torch.zeros(
             (1, 16, latent_count(frames), height // 8, width // 8),
-            device=host.intermediate_device(),
+            device=management.intermediate_device(),
         )
         return io.NodeOutput(
-            host.set_conditioning(positive, shown),
-            host.set_conditioning(negative, shown),
+            models.set_conditioning(positive, shown),
+            models.set_conditioning(negative, shown),
             {"samples": empty},
         )

@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io
 
-from ..engine import host
-from ..engine.lora import load_guide_lora
+from ..engine.comfyui import server
+from ..engine.lora.guide import load_guide_lora
 from .types import CATEGORY, GuideLoraType
 
 
@@ -20,7 +20,7 @@ class AtlasVidGuideLoRA(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "lora",
-                    options=host.lora_names(),
+                    options=server.lora_names(),
                     tooltip="A .safetensors file in ComfyUI's loras folder, in peft, diffusers or "
                     "ComfyUI layout.",
                 ),
@@ -42,4 +42,4 @@ class AtlasVidGuideLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, lora, strength) -> io.NodeOutput:
-        return io.NodeOutput(load_guide_lora(host.lora_path(lora), strength))
+        return io.NodeOutput(load_guide_lora(server.lora_path(lora), strength))

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..engine.rope import METHODS, apply_rope_method
+from ..engine.proxy.frequencies import METHODS, apply_rope_method
 from .types import CATEGORY, PlanType
 
 

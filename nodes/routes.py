@@ -5,7 +5,7 @@ import asyncio
 from aiohttp import web
 from server import PromptServer
 
-from ..engine.overview import calibrate, overview
+from ..engine.estimate.overview import calibrate, overview
 
 _measuring: set[asyncio.Task] = set()
 

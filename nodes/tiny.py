@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..engine.tiny import random_family, trained_family
+from ..engine.families.tiny import random_family, trained_family
 from .types import CATEGORY, GuideLoraType
 
 

@@ -4,17 +4,17 @@ from comfy_api.latest import io, ui
 from comfy_execution.graph import ExecutionBlocker
 from safetensors.torch import load_file
 
-from ..engine import host
-from ..engine.lora import load_guide_lora
-from ..engine.recipe import STAGES
-from ..engine.settings import preset_window
+from ..engine.branch.settings import preset_window
+from ..engine.comfyui import server
+from ..engine.geometry.windows import COMPACT
+from ..engine.lora.guide import load_guide_lora
+from ..engine.lora.recipe import STAGES
 from ..engine.training.adapters import TARGETS
 from ..engine.training.clips import clips_given, folder_state, named_folder
 from ..engine.training.curve import LossPreview, as_image, draw_losses
 from ..engine.training.job import comfyui_job, train
 from ..engine.training.objective import NoiseLevels
 from ..engine.training.trainer import OPTIMIZERS, PRECISIONS, TrainSettings
-from ..engine.windows import COMPACT
 from .types import CATEGORY, GuideLoraType, PlanType
 
 NOT_A_GUIDE = "Stage proxy makes an ordinary LoRA: use the lora output, or LoraLoaderModelOnly."
@@ -190,7 +190,7 @@ class AtlasVidTrainLoRA(io.ComfyNode):
             clips_given(folder[0], videos, captions),
             resume[0],
             cuts_per_clip[0],
-            on_clip=lambda done, total, clip: host.show_progress(f"clip {done}/{total}: {clip}"),
+            on_clip=lambda done, total, clip: server.show_progress(f"clip {done}/{total}: {clip}"),
             on_step=LossPreview(settings.steps).show,
         )
         curve = as_image(draw_losses(result.losses))

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..engine.memory import AUTO, BUDGETS
+from ..engine.device.budget import AUTO, BUDGETS
 
 PlanType = io.Custom("ATLASVID_PLAN")
 GuideLoraType = io.Custom("ATLASVID_GUIDE_LORA")

@@ -1,10 +1,12 @@
 """Small Wans and direct forwards, for tests."""
 
 import torch
-from atlasvid.engine import host, tiny
-from atlasvid.engine.plan import Plan
+from atlasvid.engine.comfyui import management, models
+from atlasvid.engine.families import tiny
+from atlasvid.engine.geometry import space
+from atlasvid.engine.geometry.plan import Plan
 
-WAN21 = host.LatentSpace(channels=16, spatial=8, temporal=4, patch=(1, 2, 2))
+WAN21 = space.LatentSpace(channels=16, spatial=8, temporal=4, patch=(1, 2, 2))
 
 
 def plan_of(latent, proxy_latent, stride=4, space=WAN21, fps=16.0):
@@ -30,7 +32,7 @@ def forward(patcher, x, t, context, **kwargs):
 
     Computed where ComfyUI computes; the model and the result are on the CPU afterwards.
     """
-    device = host.compute_device()
+    device = management.compute_device()
     x, t, context = x.to(device), t.to(device), context.to(device)
     kwargs = {name: value.to(device) for name, value in kwargs.items()}
     options = {**patcher.model_options["transformer_options"], "wrappers": patcher.wrappers}
@@ -58,7 +60,7 @@ def _set(model, name, value):
 def small_wan(seed=0, **config):
     """A stock ModelPatcher with a random two-block Wan."""
     config = {"num_layers": 3, "dim": 256, "ffn_dim": 512} | config
-    return host.load_diffusion_model(tiny.wan_state(seed, **config))
+    return models.load_diffusion_model(tiny.wan_state(seed, **config))
 
 
 def rand(*shape, seed=0):

@@ -27,9 +27,10 @@ class Shape:
     def load(self) -> Any:
         """A ModelPatcher, through the stock loader."""
         import torch
-        from atlasvid.engine import host, tiny
+        from atlasvid.engine.comfyui import models
+        from atlasvid.engine.families import tiny
 
-        return host.load_diffusion_model(
+        return models.load_diffusion_model(
             tiny.wan_state(
                 matrices=getattr(torch, self.dtype),
                 dim=self.dim,
@@ -126,17 +127,17 @@ class Forward:
         cap_gib: float | None = None,
     ):
         import torch
-        from atlasvid.engine import host
-        from atlasvid.engine.detail import apply_detail_branch
-        from atlasvid.engine.grid import Grid
-        from atlasvid.engine.plan import Plan
-        from atlasvid.engine.windows import COMPACT
+        from atlasvid.engine.branch.apply import apply_detail_branch
+        from atlasvid.engine.comfyui import management, models
+        from atlasvid.engine.geometry.grid import Grid
+        from atlasvid.engine.geometry.plan import Plan
+        from atlasvid.engine.geometry.windows import COMPACT
 
         self.patcher = shape.load()
-        device = host.use_on_device(self.patcher)
+        device = management.use_on_device(self.patcher)
         f, h, w = grid
         guide = ((f - 1) // STRIDE + 1, h // 4, w // 4)
-        space = host.latent_space(self.patcher)
+        space = models.latent_space(self.patcher)
         pixels = 2 * space.spatial
         self.plan = Plan(
             width=w * pixels,
@@ -180,7 +181,7 @@ class Forward:
 
     def keys(self) -> int:
         """Keys per query, of the window and of the guide."""
-        from atlasvid.engine.windows import COMPACT
+        from atlasvid.engine.geometry.windows import COMPACT
 
         return sum(self.plan.keys_per_query(COMPACT))
 
@@ -194,8 +195,8 @@ class Forward:
     def products(self) -> None:
         """The matrix products of our forward alone, on the same shapes and chunks."""
         import torch
-        from atlasvid.engine.memory import CPU_CHUNK, CUDA_CHUNK
-        from atlasvid.engine.windows import COMPACT
+        from atlasvid.engine.branch.memory import CPU_CHUNK, CUDA_CHUNK
+        from atlasvid.engine.geometry.windows import COMPACT
 
         model = self.patcher.model.diffusion_model
         window = COMPACT.clipped(self.plan.tokens).count

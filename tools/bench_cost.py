@@ -59,17 +59,20 @@ def run(args: argparse.Namespace) -> None:
 def measure_case(case: int, rounds: int) -> dict[str, Any]:
     """One forward of a case, timed, and what the cost model says."""
     import torch
-    from atlasvid.engine import calibration, cost, grid, host, plan, tiny
-    from atlasvid.engine.detail import apply_detail_branch
-    from atlasvid.engine.settings import preset_window
+    from atlasvid.engine.branch.apply import apply_detail_branch
+    from atlasvid.engine.branch.settings import preset_window
+    from atlasvid.engine.comfyui import management, models
+    from atlasvid.engine.estimate import calibration, cost
+    from atlasvid.engine.families import tiny
+    from atlasvid.engine.geometry import grid, plan
 
     dim, ffn_dim, layers, target, small, preset, noise = CASES[case]
-    device = host.compute_device()
-    dtype = host.compute_dtype(device)
+    device = management.compute_device()
+    dtype = management.compute_dtype(device)
     config = {"dim": dim, "ffn_dim": ffn_dim, "num_heads": dim // 128, "num_layers": layers}
-    model = host.load_diffusion_model(tiny.wan_state(0, **config))
+    model = models.load_diffusion_model(tiny.wan_state(0, **config))
     inner = model.model.diffusion_model.to(device, dtype)
-    what = plan_of(host.latent_space(model), target, small, plan.Plan)
+    what = plan_of(models.latent_space(model), target, small, plan.Plan)
     window = preset_window(preset, what, grid.Grid(1, 1, 1))
     patched = apply_detail_branch(model, what, torch.randn(1, 16, *small), window, noise)
     options = {"wrappers": patched.wrappers}

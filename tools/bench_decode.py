@@ -40,10 +40,10 @@ def run(args: argparse.Namespace) -> None:
 def random_vae(dim: int, dtype: str) -> Any:
     """A Wan 2.1 VAE with random weights: speed and memory do not depend on them."""
     import torch
-    from atlasvid.engine import host
+    from atlasvid.engine.comfyui import media
 
     torch.manual_seed(0)
-    model = host.build_wan_vae(dim)
+    model = media.build_wan_vae(dim)
     for parameter in model.parameters():
         fan_in = parameter[0].numel() if parameter.ndim > 1 else 0
         if not fan_in:
@@ -54,7 +54,7 @@ def random_vae(dim: int, dtype: str) -> Any:
         name: torch.ones_like(tensor) if name.endswith("gamma") else tensor
         for name, tensor in model.state_dict().items()
     }
-    vae = host.load_vae(state)
+    vae = media.load_vae(state)
     vae.vae_dtype = getattr(torch, dtype)
     vae.first_stage_model.to(vae.vae_dtype)
     return vae

@@ -54,13 +54,14 @@ class Pipeline:
 
     def __init__(self, shape: str, width: int, height: int, seconds: float, short_side: int):
         import torch
-        from atlasvid.engine import host, tiny
-        from atlasvid.engine.plan import make_plan
+        from atlasvid.engine.comfyui import media, models
+        from atlasvid.engine.families import tiny
+        from atlasvid.engine.geometry.plan import make_plan
         from bench_attention import SHAPES
 
         self.model = SHAPES[shape].load()
-        self.vae = host.load_vae(tiny.vae_state(dim=8 if shape == "tiny" else 96))
-        space = host.latent_space(self.model)
+        self.vae = media.load_vae(tiny.vae_state(dim=8 if shape == "tiny" else 96))
+        space = models.latent_space(self.model)
         self.plan = make_plan(space, width, height, seconds, 16.0, short_side, 4)
         self.conditioning = [[[torch.randn(1, 512, 4096), {}]] for _ in range(2)]
 
@@ -85,11 +86,11 @@ class Pipeline:
     def run(self) -> dict[str, Any]:
         """Seconds of every stage, each after the one before it."""
         import torch
-        from atlasvid.engine.detail import apply_detail_branch
-        from atlasvid.engine.latents import upscale_proxy
-        from atlasvid.engine.rope import apply_rope_method
+        from atlasvid.engine.branch.apply import apply_detail_branch
+        from atlasvid.engine.geometry.windows import COMPACT
+        from atlasvid.engine.proxy.frequencies import apply_rope_method
+        from atlasvid.engine.proxy.latents import upscale_proxy
         from atlasvid.engine.vae.decode import decode_images
-        from atlasvid.engine.windows import COMPACT
 
         plan, kept, times = self.plan, {}, {}
 

@@ -61,11 +61,11 @@ def run_one(shape: str, grid: list[int]) -> dict[str, Any]:
     Not a second one: on the CPU, memory that the first one gave back would hide what it takes.
     """
     import torch
-    from atlasvid.engine import host
+    from atlasvid.engine.comfyui import management
 
     with tempfile.TemporaryDirectory() as folder:
         trainer, dataset = prepare(shape, grid, Path(folder))
-        with host.training():
+        with management.training():
             result = measure(lambda: trainer.learn(dataset))
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
     return {**result, "tokens": math.prod(grid), "peak_bytes": peak}
@@ -74,15 +74,15 @@ def run_one(shape: str, grid: list[int]) -> dict[str, Any]:
 def prepare(shape: str, grid: list[int], folder: Path) -> tuple[Any, Any]:
     """A trainer of a model of one shape, and a dataset of one random sample."""
     import torch
-    from atlasvid.engine import host
-    from atlasvid.engine.plan import Plan
+    from atlasvid.engine.comfyui import models
+    from atlasvid.engine.geometry.plan import Plan
+    from atlasvid.engine.geometry.windows import COMPACT
     from atlasvid.engine.training.cache import Dataset
     from atlasvid.engine.training.files import save_tensors
     from atlasvid.engine.training.trainer import Trainer, TrainSettings
-    from atlasvid.engine.windows import COMPACT
 
     model = SHAPES[shape].load()
-    space = host.latent_space(model)
+    space = models.latent_space(model)
     f, h, w = grid
     pixels = 2 * space.spatial
     plan = Plan(

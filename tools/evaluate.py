@@ -88,7 +88,7 @@ def main() -> int:
         shutil.copy(RESULTS / "quality.jsonl", scores)
     ledger = Ledger(scores)
     if not options.report:
-        from atlasvid.engine.tiny import WORLD, trained_family
+        from atlasvid.engine.families.tiny import WORLD, trained_family
         from world.studio import Studio
 
         studio = Studio(trained_family(options.family or WORLD))

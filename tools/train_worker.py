@@ -61,20 +61,20 @@ def one_of_many(options: Any) -> Any:
 
 def run(options: Any, accelerator: Any, first: bool) -> None:
     """Encode and train; the first process says how it goes."""
-    from atlasvid.engine import host
-    from atlasvid.engine.plan import make_plan
-    from atlasvid.engine.settings import preset_window
+    from atlasvid.engine.branch.settings import preset_window
+    from atlasvid.engine.comfyui import models
+    from atlasvid.engine.geometry.plan import make_plan
+    from atlasvid.engine.geometry.windows import COMPACT
     from atlasvid.engine.training.clips import clips_in_folder
     from atlasvid.engine.training.job import Job, train
     from atlasvid.engine.training.objective import NoiseLevels
     from atlasvid.engine.training.trainer import Cards, TrainSettings
-    from atlasvid.engine.windows import COMPACT
 
     clips = clips_in_folder(options.clips)
     model, text_encoder, vae = load_models(options)
     proxy = options.stage == "proxy"
     plan = make_plan(
-        host.latent_space(model),
+        models.latent_space(model),
         options.width,
         options.height,
         options.seconds or (20.0 if proxy else 5.0),
@@ -134,16 +134,18 @@ def run(options: Any, accelerator: Any, first: bool) -> None:
 
 def load_models(options: Any) -> tuple[Any, Any, Any]:
     """Model, text encoder and VAE, through ComfyUI's own loaders."""
-    from atlasvid.engine import host
-    from atlasvid.engine.tiny import WorldTextEncoder, tiny_models
+    from atlasvid.engine.comfyui import models
+    from atlasvid.engine.families.tiny import WorldTextEncoder, tiny_models
 
     if options.tiny:
         return tiny_models(options.seed)
     tiny = str(options.text_encoder) == TINY
     for file in (options.model, options.vae, *(() if tiny else (options.text_encoder,))):
         require_whole(file)
-    text_encoder = WorldTextEncoder() if tiny else host.load_wan_text_encoder(options.text_encoder)
-    model, vae = host.load_wan_files(options.model, options.vae)
+    text_encoder = (
+        WorldTextEncoder() if tiny else models.load_wan_text_encoder(options.text_encoder)
+    )
+    model, vae = models.load_wan_files(options.model, options.vae)
     if vae.first_stage_model is None:
         raise ValueError(f"{options.vae} is no VAE. Name Wan's: --vae wan_2.1_vae.safetensors")
     return model, text_encoder, vae

@@ -86,7 +86,7 @@ class Batches:
     """Latents and text of random clips, the same for the same step whenever it is asked for."""
 
     def __init__(self, work: Work, recipe: Any):
-        from atlasvid.engine.tiny import TinyTextEncoder
+        from atlasvid.engine.families.tiny import TinyTextEncoder
 
         self.recipe, self.device = recipe, work.device
         self.encoder = TinyTextEncoder()
@@ -123,14 +123,14 @@ def train_model(work: Work) -> None:
     """The diffusion model."""
     import comfy.ldm.wan.model
     import comfy.model_management
-    from atlasvid.engine import host
+    from atlasvid.engine.comfyui import models
     from world import dit
 
     comfy.model_management.in_training = True  # RoPE with gradients
     if work.device.type == "cpu":
         comfy.ldm.wan.model.optimized_attention = dit.matmul_attention
     recipe = dit.DitRecipe(**({"steps": work.steps} if work.steps else {}))
-    model = host.build_wan(**dit.CONFIG).to(work.device).train()
+    model = models.build_wan(**dit.CONFIG).to(work.device).train()
     training = dit.DitTraining(model, recipe)
     checkpoint = work.folder / "dit.pt"
     if checkpoint.exists():
@@ -169,11 +169,11 @@ def train_half(half: str) -> Callable[[Work], None]:
     """The stage that trains the VAE's decoder or encoder; they share no weights."""
 
     def stage(work: Work) -> None:
-        from atlasvid.engine import host
+        from atlasvid.engine.comfyui import media
         from world import vae as training_vae
 
         recipe = training_vae.VaeRecipe(**({"steps": work.steps} if work.steps else {}))
-        vae = host.build_wan_vae(training_vae.DIM).to(work.device)
+        vae = media.build_wan_vae(training_vae.DIM).to(work.device)
         training = training_vae.VaeTraining(vae, half, recipe)
         checkpoint = work.folder / f"{half}.pt"
         if checkpoint.exists():
@@ -307,7 +307,7 @@ def train_lora(name: str) -> Callable[[Work], None]:
 
 def pack(work: Work) -> None:
     """The finished family in half precision, marked with the version that the pack reads."""
-    from atlasvid.engine.tiny import WORLD_VERSION
+    from atlasvid.engine.families.tiny import WORLD_VERSION
     from safetensors import safe_open
     from safetensors.torch import save_file
 
@@ -323,13 +323,13 @@ def pack(work: Work) -> None:
 
 def tune_decoder(work: Work) -> None:
     """The decoder once more, on what the encoder gives."""
-    from atlasvid.engine import host
+    from atlasvid.engine.comfyui import media
     from world import vae as training_vae
 
     target = work.folder / "tuned.pt"
     if target.exists():
         return
-    vae = host.build_wan_vae(training_vae.DIM).to(work.device)
+    vae = media.build_wan_vae(training_vae.DIM).to(work.device)
     for half in ("decoder", "encoder"):
         trained = torch.load(work.folder / f"{half}.pt", weights_only=True)["vae"]
         own = training_vae.HALVES[half]

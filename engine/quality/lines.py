@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..grid import Grid
-from ..windows import Box
+from ..geometry.grid import Grid
+from ..geometry.windows import Box
 
 
 @dataclass(frozen=True)

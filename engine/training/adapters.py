@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..lora import with_layers
+from ..lora.view import with_layers
 from .frozen import freeze
 
 TARGETS = {

@@ -13,9 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .. import host
-from ..grid import Grid
-from ..plan import Plan
+from ..comfyui import management, media, models
+from ..geometry.grid import Grid
+from ..geometry.plan import Plan
 from .clips import Clip, Unusable, cut_starts, read_cut, resized
 from .files import save_tensors
 
@@ -76,7 +76,7 @@ class LatentCache:
         self.made_from = {
             "plan": {k: v for k, v in asdict(plan).items() if k != "notes"},
             "stage": stage,
-            "vae": fingerprint(host.vae_state(vae)),
+            "vae": fingerprint(media.vae_state(vae)),
             "text encoder": text_fingerprint(text_encoder),
         }
 
@@ -96,7 +96,7 @@ class LatentCache:
         files: list[Path] = []
         skipped: list[str] = []
         for done, clip in enumerate(clips):
-            host.raise_if_cancelled()
+            management.raise_if_cancelled()
             on_progress(done, len(clips), clip.name)
             try:
                 starts = cut_starts(clip, self.plan.frames / self.plan.fps, cuts_per_clip)
@@ -146,7 +146,7 @@ class LatentCache:
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     def _latent(self, frames: Tensor, expected: Grid) -> Tensor:
-        latent = host.encode_frames(self.vae, frames.float() / 255)
+        latent = media.encode_frames(self.vae, frames.float() / 255)
         shape = (1, self.plan.space.channels, *expected)
         if tuple(latent.shape) != shape:
             raise ValueError(
@@ -164,7 +164,7 @@ class LatentCache:
 
     def _text(self, caption: str) -> Tensor:
         """[1, L, C]"""
-        text = host.encode_text(self.text_encoder, caption)
+        text = models.encode_text(self.text_encoder, caption)
         if text.shape[-1] != TEXT_WIDTH:
             raise ValueError(
                 f"The text encoder makes {text.shape[-1]} numbers per word, Wan takes "
@@ -232,5 +232,5 @@ def text_fingerprint(encoder: Any) -> str:
     """A short name for a text encoder; one without weights is known by what it makes of a word."""
     model = getattr(encoder, "cond_stage_model", None)
     if model is None:
-        return fingerprint({"": host.encode_text(encoder, PROBE)})
+        return fingerprint({"": models.encode_text(encoder, PROBE)})
     return fingerprint(model.state_dict())

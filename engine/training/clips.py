@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from av.error import FFmpegError
 from torch import Tensor
 
-from .. import host
+from ..comfyui import management, server
 
 VIDEO_FILES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
 
@@ -72,7 +72,7 @@ def clips_in_folder(folder: str | Path) -> list[Clip]:
 def named_folder(name: str) -> Path:
     """A folder by its path, or by its name in ComfyUI's input folder."""
     folder = Path(name).expanduser()
-    return folder if folder.is_absolute() else Path(host.input_folder()) / folder
+    return folder if folder.is_absolute() else Path(server.input_folder()) / folder
 
 
 def folder_state(folder: Path) -> str:
@@ -160,7 +160,7 @@ def read_cut(clip: Clip, start: float, frames: int, fps: float, width: int, heig
     done = 0
     with _opened(clip) as container:
         for i, frame in enumerate(_frames_at(clip, container, start, fps)):
-            host.raise_if_cancelled()
+            management.raise_if_cancelled()
             if i == frames:
                 break
             out[i] = fitted(frame, width, height)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .. import host
+from ..comfyui import server
 from .files import write_whole
 
 SIZE = (800, 480)
@@ -88,7 +88,7 @@ class LossPreview:
     """Between two pictures: drawing one takes as long as a short step."""
 
     def __init__(self, steps: int):
-        self._show = host.preview_bar(steps, SIZE[0])
+        self._show = server.preview_bar(steps, SIZE[0])
         self._steps = steps
         self._drawn = 0.0
 
@@ -98,4 +98,4 @@ class LossPreview:
         if now - self._drawn > self.SECONDS or step == self._steps:
             picture, self._drawn = draw_losses(losses), now
         self._show(step, picture)
-        host.show_progress(f"step {step}/{self._steps}, loss {running_mean(losses)[-1]:.4f}")
+        server.show_progress(f"step {step}/{self._steps}, loss {running_mean(losses)[-1]:.4f}")

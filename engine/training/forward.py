@@ -16,17 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .. import blocks, host
-from ..block_task import BlockTask
-from ..chunks import ChunkSize
-from ..forward import DetailForward
-from ..guide import GuideStream
-from ..lora import with_layers
-from ..plan import Plan
-from ..run import SamplingRun
-from ..settings import DetailSettings
-from ..shifted import ShiftedAttention
-from ..tokens import DeviceTokens
+from ..branch.block_task import BlockTask
+from ..branch.forward import DetailForward
+from ..branch.guide import GuideStream
+from ..branch.run import SamplingRun
+from ..branch.settings import DetailSettings
+from ..branch.shifted import ShiftedAttention
+from ..comfyui import management, models
+from ..device.chunks import ChunkSize
+from ..device.tokens import DeviceTokens
+from ..families import wan
+from ..geometry.plan import Plan
+from ..lora.view import with_layers
 
 recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 CUDA_CHUNK, CPU_CHUNK = 8_192, 2_048
@@ -57,7 +58,7 @@ class RecomputedBlock(nn.Module):
 
 def training_options() -> dict[str, Any]:
     """Transformer options: the attention that has a backward, whatever the start flags chose."""
-    return {"optimized_attention_override": host.differentiable_attention}
+    return {"optimized_attention_override": models.differentiable_attention}
 
 
 def guide_forward(
@@ -94,7 +95,7 @@ class TrainedDetail(DetailForward):
         with torch.no_grad():
             tokens = [DeviceTokens(item) for item in self._empty(x)]
             self._embed(x, list(tokens), self.chunk)
-            e, e0 = host.time_embedding(self.model, timestep, x.dtype)
+            e, e0 = models.time_embedding(self.model, timestep, x.dtype)
             text = self._text(context, clip_fea)
         guide = TrainedGuide(
             self.guide_model,
@@ -124,17 +125,17 @@ class TrainedDetail(DetailForward):
         block: Any,
         tokens: Tensor,
         e0: Tensor,
-        text: blocks.Text,
+        text: wan.Text,
         guide_keys: Tensor,
         guide_values: Tensor,
     ) -> Tensor:
         """One block on one item's tokens [L, C], some windows at a time -> [L, C]."""
-        host.raise_if_cancelled()
+        management.raise_if_cancelled()
         attention = self.attention
         assert isinstance(attention, ShiftedAttention), "only disjoint windows are trained"
         order = attention.order(index, tokens.device, tokens.device)
         in_order = tokens[order.tokens]
-        modulation = blocks.Modulation.of(block, e0)
+        modulation = wan.Modulation.of(block, e0)
         results, start = [], 0
         while start < len(order.ends):
             stop = self.chunk.stop(start, order.ends)
@@ -175,24 +176,24 @@ class WindowTask(BlockTask):
 
     results: list[Tensor] = field(default_factory=list)
 
-    def read(self, index: Tensor) -> tuple[Tensor, blocks.Modulation]:
+    def read(self, index: Tensor) -> tuple[Tensor, wan.Modulation]:
         assert isinstance(self.tokens, DeviceTokens)
         return self.tokens.values[None], self.modulation_of(index)
 
     def finish(
-        self, x: Tensor, attended: Tensor, modulation: blocks.Modulation, index: Tensor
+        self, x: Tensor, attended: Tensor, modulation: wan.Modulation, index: Tensor
     ) -> None:
-        out = blocks.attention_output(self.block, x, attended, modulation)
+        out = wan.attention_output(self.block, x, attended, modulation)
         out = rest_of_block(self.block, out, modulation, self.text, self.options)
         self.results.append(out[0])
 
 
 def rest_of_block(
-    block: Any, x: Tensor, modulation: blocks.Modulation, text: blocks.Text, options: dict
+    block: Any, x: Tensor, modulation: wan.Modulation, text: wan.Text, options: dict
 ) -> Tensor:
-    """Cross-attention and feed-forward of tokens [1, n, C], as `blocks.per_token` in place."""
-    x = x + blocks.cross_attention(block, x, text, options)
-    return torch.addcmul(x, blocks.feed_forward(block, x, modulation), modulation[5])
+    """Cross-attention and feed-forward of tokens [1, n, C], as `wan.per_token` in place."""
+    x = x + wan.cross_attention(block, x, text, options)
+    return torch.addcmul(x, wan.feed_forward(block, x, modulation), modulation[5])
 
 
 class TrainedGuide(GuideStream):
@@ -203,7 +204,7 @@ class TrainedGuide(GuideStream):
         with torch.no_grad():
             timestep = self._timestep()
             tokens = self._embed(self._latent(timestep))
-            _, e0 = host.time_embedding(self.model, timestep, self.x.dtype)
+            _, e0 = models.time_embedding(self.model, timestep, self.x.dtype)
             freqs = self._own_positions(tokens.device)
         for block in self.model.blocks:
             tokens, keys, values = recompute(partial(self._block, block, e0, freqs), tokens)  # pyright: ignore[reportGeneralTypeIssues]
@@ -215,17 +216,17 @@ class TrainedGuide(GuideStream):
         """One block on guide tokens [B, L_g, C] -> the block's output, and its keys and values."""
         heads, items = self.model.num_heads, []
         for b, x in enumerate(tokens.split(1)):
-            modulation = blocks.Modulation.of(block, e0[b])
-            y = blocks.attention_input(block, x, modulation)
-            keys, values = blocks.keys(block.self_attn, y), block.self_attn.v(y)
-            attended = host.attention(
-                blocks.rotate(blocks.queries(block.self_attn, y), heads, freqs),
-                blocks.rotate(keys, heads, freqs),
+            modulation = wan.Modulation.of(block, e0[b])
+            y = wan.attention_input(block, x, modulation)
+            keys, values = wan.keys(block.self_attn, y), block.self_attn.v(y)
+            attended = models.attention(
+                wan.rotate(wan.queries(block.self_attn, y), heads, freqs),
+                wan.rotate(keys, heads, freqs),
                 values,
                 heads,
                 self.options,
             )
-            out = blocks.attention_output(block, x, attended, modulation)
+            out = wan.attention_output(block, x, attended, modulation)
             out = rest_of_block(block, out, modulation, self.text.of(b), self.options)
             items.append((out, keys, values))
         out, keys, values = (torch.cat(parts) for parts in zip(*items, strict=True))

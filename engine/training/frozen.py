@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import host
-from ..lora import with_layers
+from ..comfyui import models
+from ..lora.view import with_layers
 
 
 class _InputGradient(torch.autograd.Function):
@@ -26,7 +26,7 @@ class _InputGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return host.linear_input_gradient(ctx.linear, gradients[0]), None
+        return models.linear_input_gradient(ctx.linear, gradients[0]), None
 
 
 class FrozenLinear(nn.Module):
@@ -50,7 +50,7 @@ class FrozenNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., C] -> [..., C]."""
-        with host.weights(self.norm, x) as held:
+        with models.weights(self.norm, x) as held:
             weight, bias = (None if t is None else t.detach().clone() for t in held)
         shape, eps = self.norm.normalized_shape, self.norm.eps
         if isinstance(self.norm, nn.RMSNorm):

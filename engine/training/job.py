@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import host
-from ..plan import Plan
+from ..comfyui import server
+from ..device import copies
+from ..geometry.plan import Plan
 from .cache import CUTS_PER_CLIP, Dataset, LatentCache
 from .clips import Clip
 from .files import require_writable
@@ -69,8 +70,8 @@ class Job:
 
 def comfyui_job(name: str) -> Job:
     """A job in ComfyUI's own folders."""
-    work = Path(host.output_folder()) / "atlasvid_training"
-    return Job(Path(host.lora_folder()), work, name)
+    work = Path(server.output_folder()) / "atlasvid_training"
+    return Job(Path(server.lora_folder()), work, name)
 
 
 def train(
@@ -109,6 +110,6 @@ def train(
     else:
         dataset = cache.build(clips, cuts_per_clip, on_clip)
         cards.wait()
-    host.log.info("%s", dataset.report())
+    copies.log.info("%s", dataset.report())
     trainer = Trainer(model, plan, settings, job.path, job.run_folder, cards)
     return trainer.run(dataset, resume, on_step), dataset

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import host
-from ..chunks import ChunkSize
-from ..grid import Grid
-from ..plan import Plan
-from ..recipe import STAGES, BaseShape, Recipe, pack_version
-from ..settings import DetailSettings
+from ..branch.settings import DetailSettings
+from ..comfyui import management, models
+from ..device import copies
+from ..device.chunks import ChunkSize
+from ..geometry.grid import Grid
+from ..geometry.plan import Plan
+from ..lora.recipe import STAGES, BaseShape, Recipe, pack_version
 from .adapters import TARGETS, build_adapters, require_rank
 from .cache import Dataset, Sample
 from .curve import save_losses
@@ -149,7 +150,7 @@ def require_trainable(model: Any, plan: Plan, settings: TrainSettings) -> None:
     Raises:
         ValueError: says what was given and what to change.
     """
-    space = host.latent_space(model)
+    space = models.latent_space(model)
     if space != plan.space:
         raise ValueError(
             "The plan was made for another kind of model. Connect the same model to the plan."
@@ -197,8 +198,8 @@ class Trainer:
         self.dtype = PRECISIONS[settings.precision]
         self.state_path = folder / "state.safetensors"
         self.base = BaseShape.of(wan)
-        self.patcher = host.load_for_training(model, self.dtype, self.activation_bytes(wan))
-        self.device = host.load_device(self.patcher)
+        self.patcher = management.load_for_training(model, self.dtype, self.activation_bytes(wan))
+        self.device = management.load_device(self.patcher)
         self.chunk = ChunkSize(CPU_CHUNK if self.device.type == "cpu" else CUDA_CHUNK)
         self.wan = self.patcher.model.diffusion_model
         with torch.inference_mode(False):
@@ -243,7 +244,7 @@ class Trainer:
             ValueError: the saved state is of another run, or the loss is not finite.
             RuntimeError: a file cannot be written; the last one written stays.
         """
-        host.empty_cache()  # a run that failed before may have left hooks of autograd behind
+        management.empty_cache()  # a run that failed before may have left hooks of autograd behind
         with torch.inference_mode(False):  # what is made in it could not be trained on
             resumed_at = self.resume(dataset) if resume else 0
             self._run(dataset, on_step)
@@ -252,9 +253,9 @@ class Trainer:
     def _run(self, dataset: Dataset, on_step: Callable[[int, list[float]], None]) -> None:
         saved_at = self.step
         try:
-            with host.training():
+            with management.training():
                 while self.step < self.settings.steps:
-                    host.raise_if_cancelled()
+                    management.raise_if_cancelled()
                     self.losses.append(self.learn(dataset))
                     self.step += 1
                     if self.step % self.settings.save_every == 0:
@@ -310,10 +311,10 @@ class Trainer:
                     total += float(loss.detach())
                 return total
             except Exception as error:
-                if not host.is_out_of_memory(error):
+                if not management.is_out_of_memory(error):
                     raise
             # Outside the handler, whose traceback keeps tensors and autograd's hooks alive.
-            host.empty_cache()
+            management.empty_cache()
             least = self.settings.window.count if self.settings.window else self.chunk.tokens
             if self.chunk.tokens <= least:
                 raise RuntimeError(
@@ -337,7 +338,7 @@ class Trainer:
         sigma = settings.noise.sigma(uniform[0])
         learned = sample.guide if settings.stage == "proxy" else sample.target
         assert learned is not None
-        latent = host.process_latent_in(self.patcher, learned)
+        latent = models.process_latent_in(self.patcher, learned)
         x, velocity = noised(latent, sigma, generator)
         predicted = self.predict(x, sigma, text, sample)
         return flow_loss(predicted, velocity.to(self.device))
@@ -361,7 +362,7 @@ class Trainer:
             window=window.clipped(self.plan.tokens),
             overlap="shifted",
             guide_noise="clean",
-            proxy=host.process_latent_in(self.patcher, sample.guide),
+            proxy=models.process_latent_in(self.patcher, sample.guide),
             sigma_start=1.0,
             sigma_end=0.0,
             guide_weight=self.settings.guide_weight,
@@ -456,4 +457,4 @@ class Trainer:
         try:
             self.save(dataset)
         except RuntimeError as error:
-            host.log.warning("%s", error)
+            copies.log.warning("%s", error)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import host
+from ..comfyui import media, models
 
 SMALLEST_NORM = 1e-12  # F.normalize divides by at least this
 # float32 numbers in one vector register.
@@ -67,14 +67,14 @@ def _replacements(module: Any) -> dict[tuple[nn.Module, str], Callable]:
     """Layers and their methods that compute in another way, as far as `module` knows them."""
     if hasattr(module, "residual"):
         return {(module, "forward"): partial(residual_block, module)}
-    if host.is_rms_norm(module):
+    if media.is_rms_norm(module):
         return {(module, "forward"): partial(rms_norm, module)}
     if isinstance(module, nn.Conv2d | nn.Conv3d):
         return {(module, "_conv_forward"): partial(conv_forward, module)}
     layers = list(module) if isinstance(module, nn.Sequential) else []
     if len(layers) == 2 and isinstance(layers[0], nn.Upsample):
         return {(module, "forward"): partial(upsample, module)}
-    if len(layers) == 3 and host.is_rms_norm(layers[0]) and isinstance(layers[1], nn.SiLU):
+    if len(layers) == 3 and media.is_rms_norm(layers[0]) and isinstance(layers[1], nn.SiLU):
         norm, silu, conv = layers
         forwards = {norm: _same, silu: _same, conv: partial(head, norm, conv)}
         return {(layer, "forward"): forward for layer, forward in forwards.items()}
@@ -154,7 +154,7 @@ def upsample(layers: Any, x: Tensor) -> Tensor:
     """
     rows = x.movedim(1, -1)
     items, height, width, _ = rows.shape
-    with host.weights(layers[1], x) as (weight, bias):
+    with models.weights(layers[1], x) as (weight, bias):
         channels = weight.shape[0]
         out = x.new_empty((items, 2 * height, 2 * width, channels))
         for row, taps in enumerate(_parities(weight, 2)):
@@ -269,7 +269,7 @@ def residual_block(
     `cache` keeps the last two activations [N, 1 or 2, h, w, C] before each convolution, from
     `index[0]` on.
     """
-    norms = [layer for layer in block.residual if host.is_rms_norm(layer)]
+    norms = [layer for layer in block.residual if media.is_rms_norm(layer)]
     convs = [layer for layer in block.residual if isinstance(layer, nn.Conv3d)]
     before = [None, None] if cache is None else cache[index[0] : index[0] + 2]
     x = _channels_last(x)
@@ -277,7 +277,7 @@ def residual_block(
     with ExitStack() as stack:
         stages = []
         for norm, conv, kept in zip(norms, convs, before, strict=True):
-            weight, bias = stack.enter_context(host.weights(conv, x))
+            weight, bias = stack.enter_context(models.weights(conv, x))
             size = (*rows.shape[:-1], weight.shape[1])
             stages.append(NormedConv(norm, weight, bias, kept, size))
         out = x.new_empty((*rows.shape[:-1], convs[-1].out_channels))
@@ -302,7 +302,7 @@ def head(norm: Any, conv: Any, x: Tensor, before: Tensor | None = None) -> Tenso
     rows = _channels_last(x).movedim(1, -1)
     if before is not None:
         before = F.silu(rms_norm(norm, before), inplace=True).movedim(1, -1)
-    with host.weights(conv, x) as (weight, bias):
+    with models.weights(conv, x) as (weight, bias):
         stage = NormedConv(norm, weight, bias, before, rows.shape)
         out = x.new_empty((*rows.shape[:-1], weight.shape[0]))
         done = 0

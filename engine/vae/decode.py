@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import host
-from ..memory import AUTO, parse_budget
+from ..comfyui import management, media, server
+from ..device.budget import AUTO, parse_budget
 from .regions import Box, Grid
 from .scratch import MemoryStore, Store
 from .tiling import DECODE_WORK_LIMIT, CostModel, frugal_grid, grid_within
@@ -41,7 +41,7 @@ def supported_patch(vae: Any) -> int:
         ValueError: the VAE is none of the supported ones.
     """
     vae.throw_exception_if_invalid()
-    patch = host.wan_patch(vae)
+    patch = media.wan_patch(vae)
     if patch is None:
         raise ValueError(
             f"This VAE is a {type(vae.first_stage_model).__name__}. Exact tiles work with the "
@@ -121,7 +121,7 @@ class TiledDecoder:
         `new_store` makes the store for the whole-frame features of one batch item.
         """
         chunks = self.decoder.chunks(self.latent.shape[2])
-        advance = host.progress_bar(self.latent.shape[0] * len(chunks) * (len(grid.tiles) + 1))
+        advance = server.progress_bar(self.latent.shape[0] * len(chunks) * (len(grid.tiles) + 1))
         for item in range(self.latent.shape[0]):
             store = new_store()
             try:
@@ -143,13 +143,16 @@ class TiledDecoder:
             try:
                 yield from self._tile_blocks(features, stored, tile, not waiting, advance)
             except Exception as error:
-                if not host.is_out_of_memory(error) or max(tile.rows.size, tile.cols.size) < 2:
+                if (
+                    not management.is_out_of_memory(error)
+                    or max(tile.rows.size, tile.cols.size) < 2
+                ):
                     raise
                 waiting += [(stored, half) for half in reversed(tile.halves())]
             else:
                 continue
             # Outside the handler, where the error no longer holds on to the tile's tensors.
-            host.empty_cache()
+            management.empty_cache()
 
     def _tile_blocks(
         self,
@@ -164,7 +167,7 @@ class TiledDecoder:
         box = tile.scaled(self.decoder.scale)
         start = 0
         for number in range(len(features.chunks)):
-            host.raise_if_cancelled()
+            management.raise_if_cancelled()
             x = features.read(number, stored, regions[0])
             pixels = self._tile_pixels(x, cache, regions, number == 0)
             del x
@@ -174,7 +177,7 @@ class TiledDecoder:
 
     @torch.inference_mode()
     def _tile_pixels(self, x: Tensor, cache: Cache, regions: list[Box], first: bool) -> Tensor:
-        with host.device_context(self.vae):
+        with management.device_context(self.vae):
             return self.decoder.pixels(x, cache, regions, first)[0]
 
     def images(self, block: Block) -> Tensor:
@@ -211,10 +214,10 @@ class _Features:
 
     @torch.inference_mode()
     def _compute_next(self) -> None:
-        host.raise_if_cancelled()
+        management.raise_if_cancelled()
         tiled, vae = self._tiled, self._tiled.vae
         chunk = self._latent[:, :, self.chunks[len(self._numbers)]]
-        with host.device_context(vae):
+        with management.device_context(vae):
             latent = chunk.to(device=vae.device, dtype=vae.vae_dtype)
             whole = tiled.decoder.features(latent, self._cache)
         numbers = {}
@@ -250,11 +253,13 @@ def plan_tiles(
     whole_frames = WHOLE_FRAME_LIVE * feature_channels * positions * cost.element_bytes
     limit = parse_budget(budget)
     if limit is None:
-        grid = frugal_grid(cost, int(MEMORY_SHARE * host.reachable_vae_memory(vae)), work_limit)
+        grid = frugal_grid(
+            cost, int(MEMORY_SHARE * management.reachable_vae_memory(vae)), work_limit
+        )
     else:
         grid = grid_within(cost, limit)
-    host.load_vae_weights(vae, max(cost.peak_bytes(grid), whole_frames))
-    free = int(MEMORY_SHARE * host.free_vae_memory(vae))
+    management.load_vae_weights(vae, max(cost.peak_bytes(grid), whole_frames))
+    free = int(MEMORY_SHARE * management.free_vae_memory(vae))
     return grid if cost.peak_bytes(grid) <= free else grid_within(cost, free)
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import host
-from ..memory import AUTO
+from ..comfyui import management, media, server
+from ..device.budget import AUTO
 from .decode import plan_tiles, supported_patch
 from .regions import Box, Grid
 from .scratch import MemoryStore, ScratchFile, Store, require_space
@@ -54,7 +54,7 @@ class TiledEncoder:
     def encode(self, grid: Grid) -> Tensor:
         """Latents [1, C, t, h, w] of all frames, on the core's device for intermediate results."""
         latents = latent_count(self.source.frames)
-        advance = host.progress_bar((len(grid.tiles) + 1) * latents)
+        advance = server.progress_bar((len(grid.tiles) + 1) * latents)
         store = self._new_store(latents)
         try:
             tiles = self._encode_tiles(grid, store, advance)
@@ -66,7 +66,7 @@ class TiledEncoder:
         if self.source.in_memory:
             return MemoryStore()
         values = self.encoder.feature_channels * self.height * self.width * latents
-        folder = host.temp_directory()
+        folder = server.temp_directory()
         purpose = f"Encoding {self.source.frames} frames of {self.source.size[1]} x "
         require_space(folder, values * self.cost.element_bytes, purpose + str(self.source.size[0]))
         return ScratchFile(folder)
@@ -82,13 +82,16 @@ class TiledEncoder:
             try:
                 done.append((tile, self._encode_tile(tile, store, advance)))
             except Exception as error:
-                if not host.is_out_of_memory(error) or max(tile.rows.size, tile.cols.size) < 2:
+                if (
+                    not management.is_out_of_memory(error)
+                    or max(tile.rows.size, tile.cols.size) < 2
+                ):
                     raise
                 waiting += reversed(tile.halves())
             else:
                 continue
             # Outside the handler, where the error no longer holds on to the tile's tensors.
-            host.empty_cache()
+            management.empty_cache()
         return done
 
     def _encode_tile(self, tile: Box, store: Store, advance: Callable[[int], None]) -> list[int]:
@@ -96,7 +99,7 @@ class TiledEncoder:
         cache: Cache = None
         numbers: list[int] = []
         for index, (group, last) in enumerate(latent_groups(self.source.batches())):
-            host.raise_if_cancelled()
+            management.raise_if_cancelled()
             if index == 0:
                 cache = self.encoder.cache(1 if last else 2)
             for features in self._tile_features(group, cache, regions, last):
@@ -116,7 +119,7 @@ class TiledEncoder:
         pixels = vae.process_input(frames.movedim(-1, 0)[None]).to(vae.vae_dtype).to(vae.device)
         chunks = self.encoder.chunks(pixels)
         emitted = []
-        with host.device_context(vae):
+        with management.device_context(vae):
             for number, chunk in enumerate(chunks):
                 final = last and number == len(chunks) - 1
                 features = self.encoder.features(chunk, cache, regions, final)
@@ -132,7 +135,7 @@ class TiledEncoder:
         streamed = len(emissions) > 1
         cache = self.encoder.cache(2 if streamed else 1)
         for numbers in emissions:
-            host.raise_if_cancelled()
+            management.raise_if_cancelled()
             parts = [(box, store.read(n)) for (box, _), n in zip(tiles, numbers, strict=True)]
             frames = parts[0][1].shape[2]
             whole = first.new_empty(*first.shape[:2], frames, self.height, self.width)
@@ -144,7 +147,7 @@ class TiledEncoder:
     @torch.inference_mode()
     def _latents(self, whole: Tensor, cache: Cache) -> Tensor:
         vae = self.vae
-        with host.device_context(vae):
+        with management.device_context(vae):
             latents = self.encoder.latents(whole.to(vae.device), cache)
         return latents.to(vae.output_device).to(dtype=vae.vae_output_dtype())
 
@@ -175,7 +178,7 @@ def start_image_latents(
             "This is the Wan 2.2 VAE; Wan's image-to-video models (2.1 and 2.2 A14B) use the "
             "Wan 2.1 VAE. For the TI2V-5B model take the stock Wan22ImageToVideoLatent node."
         )
-    start = host.scale_and_crop(start_image[:frames], width, height)
+    start = media.scale_and_crop(start_image[:frames], width, height)
     latent = encode_frames(vae, GreyAfter(start[..., :3], frames), budget)
     mask = torch.ones((1, 1, *latent.shape[2:]), device=start.device, dtype=start.dtype)
     mask[:, :, : latent_count(start.shape[0])] = 0.0

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .. import host
+from ..comfyui import media
 
 FILE_BATCH = 16
 
@@ -71,7 +71,7 @@ class FileFrames:
         return height, width
 
     def batches(self) -> Iterator[Tensor]:
-        yield from host.video_batches(self.video, FILE_BATCH)
+        yield from media.video_batches(self.video, FILE_BATCH)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +100,7 @@ def frame_source(pixels: Any) -> FrameSource:
     Raises:
         ValueError: the image batch has no frames.
     """
-    if isinstance(pixels, host.VideoFromFile):
+    if isinstance(pixels, media.VideoFromFile):
         return FileFrames(pixels)
     images = pixels if isinstance(pixels, Tensor) else pixels.get_components().images
     if images.shape[0] == 0:

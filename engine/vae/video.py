@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import host
+from ..comfyui import media, server
 from .decode import TiledDecoder, decode_images
 from .frames import DecodedFrames, dequantise
 from .scratch import scratch_name, sweep
@@ -88,7 +88,7 @@ class LazyFrames:
                 number += 1
 
 
-class StreamedVideo(host.VideoInput):
+class StreamedVideo(media.VideoInput):
     """A latent video that stock nodes save, trim and measure without its frames in memory."""
 
     def __init__(
@@ -98,7 +98,7 @@ class StreamedVideo(host.VideoInput):
         audio: dict[str, Any] | None = None,
         bit_depth: int = 8,
     ) -> None:
-        host.require_bit_depth(bit_depth)
+        media.require_bit_depth(bit_depth)
         self._tiled = tiled
         self._clip = Clip(0, tiled.frames, frame_rate, audio)
         self._bit_depth = bit_depth
@@ -115,18 +115,18 @@ class StreamedVideo(host.VideoInput):
     ) -> None:
         """Decodes into `path`, a file or a buffer; the file appears when it is whole."""
         depth = self._bit_depth if bit_depth is None else bit_depth
-        host.require_bit_depth(depth)
+        media.require_bit_depth(depth)
         images = LazyFrames(self._frames(depth), self._clip, self._size, depth)
         clip = self._clip
-        components = host.video_components(images, clip.frame_rate, clip.audio)
+        components = media.video_components(images, clip.frame_rate, clip.audio)
         choices = {"format": format, "codec": codec, "metadata": metadata, "crf": crf}
         given = {name: value for name, value in choices.items() if value is not None}
         with whole_file(path) as target:
-            host.encode_video(components, target, depth, **given)
+            media.encode_video(components, target, depth, **given)
 
     def _frames(self, bit_depth: int) -> DecodedFrames:
         if bit_depth not in self._decoded:
-            folder = host.temp_directory()
+            folder = server.temp_directory()
             self._decoded[bit_depth] = DecodedFrames(self._tiled, bit_depth, folder)
         return self._decoded[bit_depth]
 
@@ -138,7 +138,7 @@ class StreamedVideo(host.VideoInput):
         """All pixels, decoded again from the latent in full precision."""
         tiled, clip = self._tiled, self._clip
         images = decode_images(tiled.vae, tiled.latent, tiled.budget)[clip.first : clip.stop]
-        return host.video_components(images, clip.frame_rate, clip.audio)
+        return media.video_components(images, clip.frame_rate, clip.audio)
 
     def as_trimmed(
         self,

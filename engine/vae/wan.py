@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import host
+from ..comfyui import media
 from .cpu import fast_on_cpu
 from .layers import (
     Bypass,
@@ -76,14 +76,14 @@ def _middle(layers: Sequence[nn.Module], x: Tensor, cache: Cache, index: list[in
 @contextmanager
 def _lean_attention(layers: Sequence[Any]) -> Iterator[None]:
     """Replaces the core's plain attention, whose scores fill all free memory, for one call."""
-    plain = [x for x in layers if getattr(x, "optimized_attention", None) is host.plain_attention]
+    plain = [x for x in layers if getattr(x, "optimized_attention", None) is media.plain_attention]
     try:
         for layer in plain:
             layer.optimized_attention = lean_attention
         yield
     finally:
         for layer in plain:
-            layer.optimized_attention = host.plain_attention
+            layer.optimized_attention = media.plain_attention
 
 
 def lean_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from atlasvid.engine.tiny import wan_state
+from atlasvid.engine.families.tiny import wan_state
 from comfy_server import Server, Session, output_files
 from PIL import Image
 from safetensors.torch import save_file

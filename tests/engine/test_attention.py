@@ -3,10 +3,10 @@ import logging
 import comfy.ldm.modules.attention as stock
 import pytest
 import torch
-from atlasvid.engine import attention
-from atlasvid.engine.attention import override_for
-from atlasvid.engine.detail import apply_detail_branch
-from atlasvid.engine.grid import Grid
+from atlasvid.engine.branch import attention
+from atlasvid.engine.branch.apply import apply_detail_branch
+from atlasvid.engine.branch.attention import override_for
+from atlasvid.engine.geometry.grid import Grid
 from wan import forward, plan_of, rand, small_wan
 
 CPU = torch.device("cpu")

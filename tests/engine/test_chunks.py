@@ -3,7 +3,7 @@
 import comfy.model_management
 import pytest
 import torch
-from atlasvid.engine.chunks import ChunkSize, in_chunks
+from atlasvid.engine.device.chunks import ChunkSize, in_chunks
 
 
 def out_of_memory(*_):

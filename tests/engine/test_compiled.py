@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from atlasvid.engine import blocks
-from atlasvid.engine.compiled import Compiled, parts_of
+from atlasvid.engine.branch.compiled import Compiled, parts_of
+from atlasvid.engine.families import wan
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from test_run import branch, sample
 from wan import relative_error, small_wan
 
 
 @pytest.fixture(scope="module")
-def wan():
+def base():
     return small_wan(num_layers=2)
 
 
@@ -30,9 +30,9 @@ def graphs():
 
 @pytest.mark.parametrize("first", ["compile", "branch"])
 @pytest.mark.parametrize("overlap", ["shifted", "sliding"])
-def test_the_parts_of_a_block_are_compiled(wan, graphs, first, overlap):
+def test_the_parts_of_a_block_are_compiled(base, graphs, first, overlap):
     seen, backend = graphs
-    model = wan.clone()
+    model = base.clone()
     if first == "compile":
         set_torch_compile_wrapper(model, backend)
     model = branch(model, overlap=overlap)
@@ -44,16 +44,16 @@ def test_the_parts_of_a_block_are_compiled(wan, graphs, first, overlap):
     assert 2 in linears, "feed-forward"
     assert max(linears) == 2, "no loop over windows or blocks is traced"
     assert len(seen) < 20, "blocks and chunks share what was compiled"
-    assert relative_error(out, sample(branch(wan, overlap=overlap))) < 1e-5
+    assert relative_error(out, sample(branch(base, overlap=overlap))) < 1e-5
 
 
-def test_a_compiler_that_fails_is_left_out(wan, graphs, caplog):
+def test_a_compiler_that_fails_is_left_out(base, graphs, caplog):
     def backend(*_, **__):
         raise RuntimeError("no compiler is installed")
 
-    model = branch(wan)
+    model = branch(base)
     set_torch_compile_wrapper(model, backend)
-    assert torch.equal(sample(model), sample(branch(wan)))
+    assert torch.equal(sample(model), sample(branch(base)))
     said = [r.message for r in caplog.records if "torch.compile failed" in r.message]
     assert len(said) == 3
     assert "feed_forward, which now runs without" in said[-1]
@@ -71,4 +71,4 @@ def test_an_error_without_a_message_is_named(graphs, caplog):
 
 def test_cuda_graphs_are_not_used():
     """Their results lie where the next call writes."""
-    assert parts_of({"backend": "cudagraphs"}) == blocks.Parts() == parts_of(None)
+    assert parts_of({"backend": "cudagraphs"}) == wan.Parts() == parts_of(None)

@@ -5,12 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from atlasvid.engine import calibration, cost, host, overview, tiny
-from atlasvid.engine.cost import ModelShape, Rates, Settings
-from atlasvid.engine.detail import apply_detail_branch
-from atlasvid.engine.grid import Grid
-from atlasvid.engine.plan import make_plan
-from atlasvid.engine.windows import COMPACT, SlidingWindows
+from atlasvid.engine.branch.apply import apply_detail_branch
+from atlasvid.engine.comfyui import media
+from atlasvid.engine.estimate import calibration, cost, overview
+from atlasvid.engine.estimate.cost import ModelShape, Rates, Settings
+from atlasvid.engine.families import tiny
+from atlasvid.engine.geometry.grid import Grid
+from atlasvid.engine.geometry.plan import make_plan
+from atlasvid.engine.geometry.windows import COMPACT, SlidingWindows
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from wan import WAN21, forward, plan_of, rand, small_wan
 
@@ -110,7 +112,7 @@ def test_flops_of_the_stock_forward():
 
 
 def test_flops_of_the_decoder():
-    vae = host.load_vae(tiny.vae_state(dim=16)).first_stage_model.float()
+    vae = media.load_vae(tiny.vae_state(dim=16)).first_stage_model.float()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         pixels = vae.decode(rand(1, 16, 3, 8, 8))
     plan = plan_of((3, 8, 8), (1, 4, 4))

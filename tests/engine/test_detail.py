@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from atlasvid.engine import block_task, host
-from atlasvid.engine import forward as engine_forward
-from atlasvid.engine.detail import apply_detail_branch
-from atlasvid.engine.grid import Grid
-from atlasvid.engine.settings import GUIDE_NOISE, OVERLAPS, auto_guide_weight
+from atlasvid.engine.branch import block_task
+from atlasvid.engine.branch import forward as engine_forward
+from atlasvid.engine.branch.apply import apply_detail_branch
+from atlasvid.engine.branch.settings import GUIDE_NOISE, OVERLAPS, auto_guide_weight
+from atlasvid.engine.comfyui import models
+from atlasvid.engine.geometry.grid import Grid
 from dense_reference import dense_forward
 from wan import forward, plan_of, rand, relative_error, small_wan
 
@@ -259,7 +260,7 @@ def test_a_weight_is_the_guides_keys_repeated(wan, monkeypatch, overlap, chosen)
     def repeated(q, k, v, guide, heads, weight):
         assert weight == 3
         k, v = torch.cat([k, *[guide[0]] * 3], 1), torch.cat([v, *[guide[1]] * 3], 1)
-        return host.attention(q, k, v, heads, {})
+        return models.attention(q, k, v, heads, {})
 
     monkeypatch.setattr(block_task, "weighted_attention", repeated)
     assert relative_error(ours, forward(patched, x, t, context)) < 1e-5
@@ -362,7 +363,7 @@ def test_per_frame_timesteps_with_guide_equal_the_dense_reference(wan):
 
 def test_guide_never_reads_the_target(wan, monkeypatch):
     """Asymmetry: the keys that the guide stream yields do not change with the target tokens."""
-    from atlasvid.engine import guide
+    from atlasvid.engine.branch import guide
 
     seen = []
     stock = guide.GuideStream.keys_of_blocks
@@ -421,7 +422,7 @@ def test_out_of_memory_halves_the_chunk_and_goes_on(wan, monkeypatch, overlap):
     patched = apply_detail_branch(wan, plan, proxy, Grid(2, 4, 4), "clean", overlap=overlap)
     x, t, context = inputs((5, 14, 18))
     expected = forward(patched, x, t, context)
-    stock, sizes = host.attention, []
+    stock, sizes = models.attention, []
 
     def scarce(q, k, v, heads, options):
         sizes.append(len(q))
@@ -429,7 +430,7 @@ def test_out_of_memory_halves_the_chunk_and_goes_on(wan, monkeypatch, overlap):
             raise torch.cuda.OutOfMemoryError("out of memory")
         return stock(q, k, v, heads, options)
 
-    monkeypatch.setattr(host, "attention", scarce)
+    monkeypatch.setattr(models, "attention", scarce)
     assert relative_error(forward(patched, x, t, context), expected) < 1e-6
     assert max(sizes) > 2
 
@@ -439,7 +440,7 @@ def test_out_of_memory_in_the_guide_halves_its_queries(wan, monkeypatch):
     patched = apply_detail_branch(wan, plan, rand(1, 16, 2, 12, 16), Grid(2, 4, 4), "clean")
     x, t, context = inputs((5, 14, 18))
     expected = forward(patched, x, t, context)
-    stock, sizes = host.attention, []
+    stock, sizes = models.attention, []
 
     def scarce(q, k, v, heads, options):
         if k.shape[1] == plan.proxy_tokens.count:
@@ -448,7 +449,7 @@ def test_out_of_memory_in_the_guide_halves_its_queries(wan, monkeypatch):
                 raise torch.cuda.OutOfMemoryError("out of memory")
         return stock(q, k, v, heads, options)
 
-    monkeypatch.setattr(host, "attention", scarce)
+    monkeypatch.setattr(models, "attention", scarce)
     assert relative_error(forward(patched, x, t, context), expected) < 1e-6
     assert sizes[:3] == [96, 48, 24]
 

@@ -12,13 +12,15 @@ import comfy.ldm.flux.math
 import comfy.ldm.modules.attention
 import pytest
 import torch
-from atlasvid.engine import forward as engine_forward
-from atlasvid.engine import host, sparsity, tokens
-from atlasvid.engine.chunks import ChunkSize
-from atlasvid.engine.detail import apply_detail_branch
-from atlasvid.engine.grid import Grid
-from atlasvid.engine.memory import MemoryPlan
-from atlasvid.engine.run import SamplingRun
+from atlasvid.engine.branch import forward as engine_forward
+from atlasvid.engine.branch import sparsity
+from atlasvid.engine.branch.apply import apply_detail_branch
+from atlasvid.engine.branch.memory import MemoryPlan
+from atlasvid.engine.branch.run import SamplingRun
+from atlasvid.engine.comfyui import management, models
+from atlasvid.engine.device import copies, tokens
+from atlasvid.engine.device.chunks import ChunkSize
+from atlasvid.engine.geometry.grid import Grid
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -96,15 +98,17 @@ class NoMark:
 def card(monkeypatch):
     """Replaces what asks the driver, and kernels that have no simulation."""
     monkeypatch.setattr(sparsity, "block_order", partial(order_on, sparsity.block_order))
-    monkeypatch.setattr(host, "apply_rope", comfy.ldm.flux.math._apply_rope1)
-    monkeypatch.setattr(host, "free_memory", lambda *_: 2**34)
-    monkeypatch.setattr(host, "Mark", NoMark)
+    monkeypatch.setattr(models, "apply_rope", comfy.ldm.flux.math._apply_rope1)
+    monkeypatch.setattr(management, "free_memory", lambda *_: 2**34)
+    monkeypatch.setattr(copies, "Mark", NoMark)
     monkeypatch.setattr(tokens, "ThreadPoolExecutor", AtOnce)
     monkeypatch.setattr(
-        host, "host_buffer", lambda shape, dtype, _: torch.empty(shape, dtype=dtype)
+        copies, "copies_buffer", lambda shape, dtype, _: torch.empty(shape, dtype=dtype)
     )
-    monkeypatch.setattr(host, "upload", lambda buffer, device: buffer.to(device, non_blocking=True))
-    monkeypatch.setattr(host, "raise_if_cancelled", lambda: None)
+    monkeypatch.setattr(
+        copies, "upload", lambda buffer, device: buffer.to(device, non_blocking=True)
+    )
+    monkeypatch.setattr(management, "raise_if_cancelled", lambda: None)
     monkeypatch.setattr(SamplingRun, "noise_like", lambda self, latent: torch.zeros_like(latent))
     stock = comfy.ldm.modules.attention.attention_pytorch
     monkeypatch.setattr(

@@ -1,9 +1,9 @@
 import pytest
 import scipy.fft
 import torch
-from atlasvid.engine.grid import Grid
-from atlasvid.engine.guidance import LowPass, apply_structure_guidance, guidance_weight
-from atlasvid.engine.latents import upscale_proxy
+from atlasvid.engine.geometry.grid import Grid
+from atlasvid.engine.proxy.latents import upscale_proxy
+from atlasvid.engine.proxy.structure import LowPass, apply_structure_guidance, guidance_weight
 from wan import plan_of, rand, small_wan
 
 PLAN = plan_of((5, 16, 24), (2, 8, 12))

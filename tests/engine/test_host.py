@@ -5,7 +5,9 @@ from typing import Any
 import comfy.supported_models
 import pytest
 import torch
-from atlasvid.engine import host, tiny
+from atlasvid.engine.comfyui import management, models
+from atlasvid.engine.families import tiny
+from atlasvid.engine.geometry import space
 from comfy.model_patcher import ModelPatcher
 from wan import small_wan
 
@@ -44,7 +46,7 @@ def small_vace() -> ModelPatcher:
         for name, value in state.items()
         if name.startswith("blocks.0.")
     }
-    return host.load_diffusion_model(
+    return models.load_diffusion_model(
         {**state, **controls, "vace_patch_embedding.weight": torch.zeros(256, 96, 1, 2, 2)}
     )
 
@@ -54,11 +56,11 @@ def small_vace() -> ModelPatcher:
 )
 def test_other_models_are_named_beside_those_supported(make, name: str) -> None:
     with pytest.raises(ValueError, match=rf"recognised as {name}.*Supported are Wan 2\.1"):
-        host.latent_space(make())
+        models.latent_space(make())
 
 
 def test_a_plain_wan_is_accepted() -> None:
-    assert host.latent_space(small_wan()) == host.LatentSpace(16, 8, 4, (1, 2, 2))
+    assert models.latent_space(small_wan()) == space.LatentSpace(16, 8, 4, (1, 2, 2))
 
 
 def test_a_tensor_that_does_not_fit_is_none() -> None:
@@ -70,10 +72,10 @@ def test_a_tensor_that_does_not_fit_is_none() -> None:
             raise self.error
 
     full: Any = Full(torch.cuda.OutOfMemoryError("out of memory"))
-    assert host.empty_if_it_fits(full, (2, 3)) is None
+    assert management.empty_if_it_fits(full, (2, 3)) is None
     broken: Any = Full(ValueError("broken"))
     with pytest.raises(ValueError, match="broken"):
-        host.empty_if_it_fits(broken, (2, 3))
-    made = host.empty_if_it_fits(torch.zeros(1, dtype=torch.bfloat16), (2, 3))
+        management.empty_if_it_fits(broken, (2, 3))
+    made = management.empty_if_it_fits(torch.zeros(1, dtype=torch.bfloat16), (2, 3))
     assert made is not None
     assert (made.shape, made.dtype) == ((2, 3), torch.bfloat16)

@@ -1,7 +1,7 @@
 import torch
 import torch.nn.functional as F
-from atlasvid.engine.grid import Grid
-from atlasvid.engine.latents import shrink_condition, temporal_index, upscale_proxy
+from atlasvid.engine.geometry.grid import Grid
+from atlasvid.engine.proxy.latents import shrink_condition, temporal_index, upscale_proxy
 from wan import plan_of, rand
 
 

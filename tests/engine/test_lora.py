@@ -12,18 +12,19 @@ import comfy.sd
 import peft
 import pytest
 import torch
-from atlasvid.engine import host
-from atlasvid.engine.detail import apply_detail_branch
-from atlasvid.engine.grid import Grid
-from atlasvid.engine.guide import GuideStream
-from atlasvid.engine.lora import GuideLora, load_guide_lora, read_lora
-from atlasvid.engine.recipe import BaseShape, Recipe
-from atlasvid.engine.settings import (
+from atlasvid.engine.branch.apply import apply_detail_branch
+from atlasvid.engine.branch.guide import GuideStream
+from atlasvid.engine.branch.settings import (
     auto_guide_weight,
     preset_guide_noise,
     preset_guide_weight,
     preset_window,
 )
+from atlasvid.engine.comfyui import models
+from atlasvid.engine.geometry.grid import Grid
+from atlasvid.engine.lora.files import read_lora
+from atlasvid.engine.lora.guide import GuideLora, load_guide_lora
+from atlasvid.engine.lora.recipe import BaseShape, Recipe
 from dense_reference import dense_forward
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -276,7 +277,7 @@ def test_the_guides_keys_are_kept_for_all_steps(wan, peft_folder, monkeypatch):
     arguments = (3, 1.0, "euler", "simple", words, words, torch.zeros_like(noise))
     made = comfy.sample.sample(patched, noise, *arguments, seed=0)
     assert len(evaluated) == 1
-    monkeypatch.setattr(host, "has_scheduled_weights", lambda model: True)
+    monkeypatch.setattr(models, "has_scheduled_weights", lambda model: True)
     again = comfy.sample.sample(patched, noise, *arguments, seed=0)
     assert len(evaluated) == 1 + 3
     assert relative_error(again, made) < 1e-5

@@ -1,24 +1,26 @@
 import comfy.ldm.flux.math
 import pytest
 import torch
-from atlasvid.engine import blocks, host, weighted
-from atlasvid.engine.block_task import BlockTask
-from atlasvid.engine.chunks import ChunkSize
-from atlasvid.engine.grid import Grid
-from atlasvid.engine.memory import (
+from atlasvid.engine.branch import weighted
+from atlasvid.engine.branch.block_task import BlockTask
+from atlasvid.engine.branch.memory import (
     CUDA_CHUNK,
-    GIB,
     MIN_CHUNK,
     Workload,
-    parse_budget,
     plan_memory,
     room_to_ask_for,
     wanted_bytes,
 )
-from atlasvid.engine.rope import RopeAxes
-from atlasvid.engine.shifted import ShiftedAttention
-from atlasvid.engine.tokens import DeviceTokens
-from atlasvid.engine.windows import COMPACT, GuideAlignment, ShiftedWindows
+from atlasvid.engine.branch.rotations import RopeAxes
+from atlasvid.engine.branch.shifted import ShiftedAttention
+from atlasvid.engine.comfyui import models
+from atlasvid.engine.device import copies
+from atlasvid.engine.device.budget import GIB, parse_budget
+from atlasvid.engine.device.chunks import ChunkSize
+from atlasvid.engine.device.tokens import DeviceTokens
+from atlasvid.engine.geometry.alignment import GuideAlignment
+from atlasvid.engine.geometry.grid import Grid
+from atlasvid.engine.geometry.windows import COMPACT, ShiftedWindows
 from memory_trace import MemoryTrace
 
 META = torch.device("meta")
@@ -126,7 +128,7 @@ def rounding_kernel(_, q, k, v, heads, **kwargs):
 def chunk_peak(dim, ffn_dim, window, chunk, weight):
     """Tokens of one chunk of a real block, and the most bytes that it holds at a time."""
     with META:
-        wan = host.build_wan(dim=dim, ffn_dim=ffn_dim, num_heads=dim // 128, num_layers=1)
+        wan = models.build_wan(dim=dim, ffn_dim=ffn_dim, num_heads=dim // 128, num_layers=1)
     wan = wan.bfloat16()
     grid, guide_grid = Grid(41, 60, 104), Grid(11, 30, 52)
     alignment = GuideAlignment(grid, guide_grid, 4, window)
@@ -140,8 +142,8 @@ def chunk_peak(dim, ffn_dim, window, chunk, weight):
         block=wan.blocks[0],
         tokens=DeviceTokens(vectors(grid.count)),
         grid=grid,
-        modulation=blocks.Modulation(tuple(vectors(1) for _ in range(6))),
-        text=blocks.Text(vectors(1, 512), None),
+        modulation=wan.Modulation(tuple(vectors(1) for _ in range(6))),
+        text=wan.Text(vectors(1, 512), None),
         guide=(vectors(guide_grid.count), vectors(guide_grid.count)),
         heads=wan.num_heads,
         options={"optimized_attention_override": rounding_kernel},
@@ -166,9 +168,9 @@ def on_meta(monkeypatch):
     monkeypatch.setattr(
         weighted, "_attention_with_sums", lambda *_: lambda q, k, v: flash(q, k, v)[:2]
     )
-    monkeypatch.setattr(host, "apply_rope", comfy.ldm.flux.math._apply_rope1)
+    monkeypatch.setattr(models, "apply_rope", comfy.ldm.flux.math._apply_rope1)
     monkeypatch.setattr(
-        host, "Mark", lambda device: type("Mark", (), {"wait": lambda self: None})()
+        copies, "Mark", lambda device: type("Mark", (), {"wait": lambda self: None})()
     )
 
 

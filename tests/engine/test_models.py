@@ -9,10 +9,11 @@ import comfy.sd
 import comfy.utils
 import pytest
 import torch
-from atlasvid.engine import host, tiny
-from atlasvid.engine.detail import apply_detail_branch
-from atlasvid.engine.grid import Grid
-from atlasvid.engine.run import SamplingRun
+from atlasvid.engine.branch.apply import apply_detail_branch
+from atlasvid.engine.branch.run import SamplingRun
+from atlasvid.engine.comfyui import models
+from atlasvid.engine.families import tiny
+from atlasvid.engine.geometry.grid import Grid
 from wan import forward, plan_of, rand, relative_error, small_wan
 
 SMALL = {"num_layers": 2, "dim": 256, "ffn_dim": 512}
@@ -67,7 +68,7 @@ def merged(lora):
 
 def equal_to_stock(model, channels=16, **kwargs):
     """With one window and no guide, the branch is the stock forward of this very model."""
-    plan = plan_of(LATENT, PROXY, space=host.latent_space(model))
+    plan = plan_of(LATENT, PROXY, space=models.latent_space(model))
     x, t = rand(1, channels, *LATENT, seed=1), torch.tensor([600.0])
     context = rand(1, 16, 4096, seed=2)
     ours = forward(apply_detail_branch(model, plan, None, WHOLE, "clean"), x, t, context, **kwargs)
@@ -75,7 +76,7 @@ def equal_to_stock(model, channels=16, **kwargs):
 
 
 def branch(model, guide_noise="clean"):
-    space = host.latent_space(model)
+    space = models.latent_space(model)
     plan = plan_of(LATENT, PROXY, space=space)
     proxy = rand(1, space.channels, *PROXY, seed=4)
     return apply_detail_branch(model, plan, proxy, Grid(2, 3, 3), guide_noise)
@@ -136,7 +137,7 @@ def test_weights_scheduled_by_hooks(guide_noise):
     """A LoRA that a hook takes away in the middle: the clean guide must follow it."""
     model = small_wan(**SMALL)
     lora = random_lora(model)
-    adapted = host.load_diffusion_model(merged(lora))
+    adapted = models.load_diffusion_model(merged(lora))
     expected = euler([branch(m, guide_noise) for m in (adapted, adapted, model, model)])
     hooks = comfy.hooks.create_hook_lora(lora, 1.0, 0.0)
     keyframes = comfy.hooks.HookKeyframeGroup()
@@ -153,7 +154,7 @@ def test_ti2v_5b(guide_noise):
     """Wan 2.2 TI2V-5B: 48 channels at 1/16 size, and per-frame timesteps with a start image."""
     model = small_wan(**SMALL, in_dim=48, out_dim=48)
     assert type(model.model) is comfy.model_base.WAN22
-    space = host.latent_space(model)
+    space = models.latent_space(model)
     assert (space.channels, space.spatial) == (48, 16)
     assert equal_to_stock(model, channels=48)
     latent = rand(1, 48, *LATENT, seed=5)
@@ -176,9 +177,9 @@ def test_fp8_scaled_weights():
             state[name.replace(".weight", ".scale_weight")] = scale.clone()
             exact[name] = state[name].float() * scale
     state["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
-    model = host.load_diffusion_model(state)
+    model = models.load_diffusion_model(state)
     assert equal_to_stock(model)
-    same = host.load_diffusion_model(exact)
+    same = models.load_diffusion_model(exact)
     latent = torch.zeros(1, 16, *LATENT)
     assert relative_error(sample(branch(model), latent), sample(branch(same), latent)) < 1e-3
 
@@ -217,7 +218,7 @@ def test_stock_lora():
     plain = sample(branch(model), latent)
     with_lora = sample(branch(adapted), latent)
     assert relative_error(with_lora, plain) > 1e-3
-    same = host.load_diffusion_model(merged(lora))
+    same = models.load_diffusion_model(merged(lora))
     assert relative_error(sample(branch(same), latent), with_lora) < 1e-3
     assert torch.equal(sample(branch(model), latent), plain)
 

@@ -1,7 +1,7 @@
 import pytest
-from atlasvid.engine.grid import Grid
-from atlasvid.engine.host import LatentSpace
-from atlasvid.engine.plan import make_plan
+from atlasvid.engine.geometry.grid import Grid
+from atlasvid.engine.geometry.plan import make_plan
+from atlasvid.engine.geometry.space import LatentSpace
 from wan import WAN21
 
 WAN22 = LatentSpace(channels=48, spatial=16, temporal=4, patch=(1, 2, 2))

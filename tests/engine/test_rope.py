@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from atlasvid.engine.rope import (
+from atlasvid.engine.proxy.frequencies import (
     ScaledRope,
     apply_rope_method,
     ntk_frequencies,

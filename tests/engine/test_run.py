@@ -11,13 +11,14 @@ import comfy.sd
 import comfy_aimdo.model_vbar
 import pytest
 import torch
-from atlasvid.engine import forward as engine_forward
-from atlasvid.engine import guide, host, progress
-from atlasvid.engine.chunks import ChunkSize, in_chunks
-from atlasvid.engine.detail import apply_detail_branch
-from atlasvid.engine.grid import Grid
-from atlasvid.engine.run import SamplingRun
-from atlasvid.engine.windows import SlidingWindows
+from atlasvid.engine.branch import forward as engine_forward
+from atlasvid.engine.branch import guide, progress
+from atlasvid.engine.branch.apply import apply_detail_branch
+from atlasvid.engine.branch.run import SamplingRun
+from atlasvid.engine.comfyui import management, models, server
+from atlasvid.engine.device.chunks import ChunkSize, in_chunks
+from atlasvid.engine.geometry.grid import Grid
+from atlasvid.engine.geometry.windows import SlidingWindows
 from measure import resident_bytes
 from wan import forward as direct
 from wan import plan_of, rand, relative_error, small_wan
@@ -83,7 +84,7 @@ def test_a_clean_guide_is_evaluated_once_for_all_steps(wan, evaluations, weight)
     assert len(evaluations) == 4 * once
     evaluations.clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(host, "has_scheduled_weights", lambda model: True)
+        patch.setattr(models, "has_scheduled_weights", lambda model: True)
         recomputed = sample(branch(wan, guide_weight=weight), steps=4)
     assert len(evaluations) == 4 * once
     assert torch.equal(kept, recomputed), "a cache must not change the result"
@@ -92,7 +93,7 @@ def test_a_clean_guide_is_evaluated_once_for_all_steps(wan, evaluations, weight)
 @pytest.mark.parametrize("overlap", ["shifted", "sliding"])
 @pytest.mark.parametrize("weight", [1, 8])
 def test_tokens_in_host_memory_give_the_same_result(wan, overlap, weight, monkeypatch):
-    from atlasvid.engine import tokens
+    from atlasvid.engine.device import tokens
 
     made = []
     stock = tokens.HostTokens.__init__
@@ -118,7 +119,7 @@ def test_what_does_not_fit_after_all_goes_to_host_memory(wan, overlap, monkeypat
 
     asked = []
     expected = sample(branch(wan, overlap=overlap))
-    monkeypatch.setattr(host, "empty_if_it_fits", scarce)
+    monkeypatch.setattr(management, "empty_if_it_fits", scarce)
     assert relative_error(sample(branch(wan, overlap=overlap)), expected) < 1e-5
     assert asked
 
@@ -216,7 +217,7 @@ def test_memory_returns_to_its_level(monkeypatch):
 
 def test_cancel_leaves_within_a_step(wan, monkeypatch):
     calls = []
-    stock = host.attention
+    stock = models.attention
 
     def cancelling(*args):
         calls.append(1)
@@ -224,7 +225,7 @@ def test_cancel_leaves_within_a_step(wan, monkeypatch):
             comfy.model_management.interrupt_current_processing()
         return stock(*args)
 
-    monkeypatch.setattr(host, "attention", cancelling)
+    monkeypatch.setattr(models, "attention", cancelling)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         sample(branch(wan))
     assert len(calls) <= 6, "the next chunk must not begin"
@@ -246,7 +247,7 @@ def test_the_guide_noise_is_the_samplers_own(wan):
     assert torch.equal(seen[0], comfy.sample.prepare_noise(torch.zeros(1, 16, 2, 8, 8), 11))
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    host.seeded_noise(torch.zeros(1, 16, 2, 8, 8), 11)
+    models.seeded_noise(torch.zeros(1, 16, 2, 8, 8), 11)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -289,7 +290,7 @@ def test_progress_knows_steps_and_time(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     said = []
-    monkeypatch.setattr(host, "show_progress", said.append)
+    monkeypatch.setattr(server, "show_progress", said.append)
     report = progress.RunProgress(schedule=(1.0, 0.75, 0.5, 0.25, 0.0), blocks=10, tokens=1280)
     for sigma in (1.0, 0.75, 0.5):
         for _ in range(2):  # positive and negative
@@ -306,7 +307,7 @@ def test_progress_knows_steps_and_time(monkeypatch):
 
 
 def test_progress_of_samplers_that_visit_levels_in_between(monkeypatch):
-    monkeypatch.setattr(host, "show_progress", lambda text: None)
+    monkeypatch.setattr(server, "show_progress", lambda text: None)
     report = progress.RunProgress(schedule=(1.0, 0.5, 0.0), blocks=4, tokens=1280)
     fractions = []
     for sigma in (1.0, 0.7, 0.5, 0.3):  # dpm_2: a level of the schedule, then one in between
@@ -340,7 +341,7 @@ def test_other_wrappers_of_the_forward_stay_outside(wan, first):
 
 def test_a_size_that_ran_out_of_memory_is_not_tried_again(wan, monkeypatch):
     failures = []
-    stock = host.attention
+    stock = models.attention
 
     def scarce(q, k, v, heads, options):
         if len(q) > 4:
@@ -348,7 +349,7 @@ def test_a_size_that_ran_out_of_memory_is_not_tried_again(wan, monkeypatch):
             raise torch.cuda.OutOfMemoryError("out of memory")
         return stock(q, k, v, heads, options)
 
-    monkeypatch.setattr(host, "attention", scarce)
+    monkeypatch.setattr(models, "attention", scarce)
     sample(branch(wan), steps=3)
     assert 1 <= len(failures) <= 4, "halved until it fits, once for the run"
 
@@ -393,7 +394,7 @@ def test_a_single_item_out_of_memory_is_tried_once_more():
 
 
 def test_a_failed_copy_to_the_host_is_not_repaired_by_halving():
-    from atlasvid.engine.tokens import HostTokens
+    from atlasvid.engine.device.tokens import HostTokens
 
     tokens = HostTokens(8, 4, torch.float32, torch.device("cpu"))
     tokens.write(torch.arange(2), torch.zeros(2, 5))  # does not fit
@@ -404,12 +405,12 @@ def test_a_failed_copy_to_the_host_is_not_repaired_by_halving():
 
 @pytest.mark.parametrize("weight", [1, 8])
 def test_half_precision_is_close_to_full(weight):
-    from atlasvid.engine import tiny
+    from atlasvid.engine.families import tiny
 
     state = tiny.wan_state(num_layers=2, ffn_dim=512)
     latent = rand(1, 16, 5, 16, 16, seed=1)
     t, text = torch.tensor([700.0]), rand(1, 16, 4096, seed=2)
-    full_model = host.load_diffusion_model(dict(state))
+    full_model = models.load_diffusion_model(dict(state))
     full = direct(branch(full_model, guide_weight=weight), latent, t, text)
     half_state = {k: v.bfloat16() for k, v in state.items()}
     half_model = comfy.sd.load_diffusion_model_state_dict(

@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
-from atlasvid.engine.detail import apply_detail_branch
-from atlasvid.engine.grid import Grid
-from atlasvid.engine.sparsity import keep_blocks
+from atlasvid.engine.branch.apply import apply_detail_branch
+from atlasvid.engine.branch.sparsity import keep_blocks
+from atlasvid.engine.geometry.grid import Grid
 from wan import forward, plan_of, rand, relative_error, small_wan
 
 HEADS, DIM = 2, 16

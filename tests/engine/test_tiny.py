@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from atlasvid.engine import tiny
-from atlasvid.engine.cost import TINY, TINY_RANDOM
-from atlasvid.engine.overview import shape_of_file, shape_of_model
+from atlasvid.engine.estimate.cost import TINY, TINY_RANDOM
+from atlasvid.engine.estimate.overview import shape_of_file, shape_of_model
+from atlasvid.engine.families import tiny
 from safetensors.torch import load_file, save_file
 
 NAMES = ("t2v", "vae", "guide_lora", "proxy_lora")

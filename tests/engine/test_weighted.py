@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from atlasvid.engine import host, weighted
-from atlasvid.engine.weighted import weighted_attention
+from atlasvid.engine.branch import weighted
+from atlasvid.engine.branch.weighted import weighted_attention
+from atlasvid.engine.comfyui import management, models
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from wan import rand
@@ -47,7 +48,7 @@ def formula(q, k, v, guide, weight):
 def test_a_weight_is_the_keys_repeated(way, times):
     q, k, v, guide = tensors(3, 10, 20, 5)
     more_k, more_v = (torch.cat([x, *[y] * times], 1) for x, y in zip((k, v), guide, strict=True))
-    expected = host.fused_on_cpu(host.attention_function("pytorch"), q, more_k, more_v, HEADS)
+    expected = models.fused_on_cpu(models.attention_function("pytorch"), q, more_k, more_v, HEADS)
     ours = weighted_attention(q, k, v, guide, HEADS, times)
     assert torch.allclose(ours, expected, atol=1e-5)
 
@@ -67,10 +68,10 @@ def test_a_weight_follows_its_formula(weight, shape, seed):
 @pytest.mark.parametrize("weight", WEIGHTS)
 def test_half_precision_costs_no_more_than_without_a_weight(way, weight):
     """A relative mean error: two results that are rounded and mixed, instead of one rounded."""
-    q, k, v, guide = tensors(4, 64, 200, 30, torch.bfloat16, device=host.compute_device())
+    q, k, v, guide = tensors(4, 64, 200, 30, torch.bfloat16, device=management.compute_device())
     ours = weighted_attention(q, k, v, guide, HEADS, weight)
     more_k, more_v = torch.cat([k, guide[0]], 1), torch.cat([v, guide[1]], 1)
-    plain = host.attention_function("pytorch")(q, more_k, more_v, HEADS)
+    plain = models.attention_function("pytorch")(q, more_k, more_v, HEADS)
 
     def error(given, expected):
         return float((given.double() - expected).abs().mean() / expected.abs().mean())
@@ -83,7 +84,7 @@ def test_half_precision_costs_no_more_than_without_a_weight(way, weight):
 def test_a_rounded_bias_still_differs_by_the_weights_logarithm(monkeypatch):
     biases = []
     monkeypatch.setattr(weighted, "_attention_with_sums", lambda q, k, v: None)
-    monkeypatch.setattr(host, "biased_attention", lambda *args: biases.append(args[-1]))
+    monkeypatch.setattr(models, "biased_attention", lambda *args: biases.append(args[-1]))
     for weight in (0.3, 3.0, 42.0, 100.0):
         weighted_attention(*tensors(1, 2, 3, 4, torch.bfloat16), HEADS, weight)
         own, of_guide = biases[-1].flatten()[[0, -1]].double()

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from atlasvid.engine.grid import Grid
-from atlasvid.engine.windows import (
+from atlasvid.engine.geometry.alignment import GuideAlignment
+from atlasvid.engine.geometry.grid import Grid
+from atlasvid.engine.geometry.windows import (
     Box,
-    GuideAlignment,
     ShiftedWindows,
     cuts,
     flat_index,

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from atlasvid import nodes
-from atlasvid.engine.detail import apply_detail_branch
-from atlasvid.engine.grid import Grid
+from atlasvid.engine.branch.apply import apply_detail_branch
+from atlasvid.engine.geometry.grid import Grid
 from wan import forward, plan_of, rand, relative_error, small_wan
 
 PLAN = plan_of((5, 36, 36), (2, 12, 12))

@@ -4,7 +4,7 @@ import comfy.clip_vision
 import folder_paths
 import pytest
 import torch
-from atlasvid.engine import host
+from atlasvid.engine.comfyui import media
 from atlasvid.engine.vae import sources
 from atlasvid.engine.vae.encode import TiledEncoder
 from atlasvid.engine.vae.regions import Grid
@@ -72,7 +72,7 @@ def test_video_files_encode_as_their_images_do(vae, two_tiles, tmp_path, temp_fo
 @pytest.mark.parametrize("width", [80, 96])
 def test_files_are_read_in_parts_as_the_core_reads_them_whole(tmp_path, start, width):
     video = video_file(tmp_path, 40, width).as_trimmed(start, 0.6, strict_duration=False)
-    batches = list(host.video_batches(video, 6))
+    batches = list(media.video_batches(video, 6))
     assert max(map(len, batches)) <= 8
     assert torch.equal(torch.cat(batches), video.get_components().images)
 

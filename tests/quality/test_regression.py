@@ -11,8 +11,10 @@ from statistics import mean
 
 import pytest
 import torch
-from atlasvid.engine import detail, guidance, windows
-from atlasvid.engine.tiny import trained_family
+from atlasvid.engine.branch import apply as detail
+from atlasvid.engine.families.tiny import trained_family
+from atlasvid.engine.geometry import windows
+from atlasvid.engine.proxy import structure as guidance
 from world.comparisons import window_layouts
 from world.judge import Judge
 from world.studio import DEFAULT, Case, Method, Studio

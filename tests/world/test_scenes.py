@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from atlasvid.engine.families.tiny import WORLD_WORDS
 from atlasvid.engine.quality.flow import warp
-from atlasvid.engine.tiny import WORLD_WORDS
 from world.scenes import (
     FPS,
     Scene,

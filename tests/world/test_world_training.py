@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from atlasvid.engine import host, tiny
+from atlasvid.engine.comfyui import media, models
+from atlasvid.engine.families import tiny
 from world import dit, vae
 from world.clips import random_clips, random_crop
 from world.latents import LatentCode, fit, psnr
@@ -22,7 +23,7 @@ def code(clips: torch.Tensor) -> LatentCode:
 
 
 def small_vae() -> torch.nn.Module:
-    model = host.build_wan_vae(8)
+    model = media.build_wan_vae(8)
     vae.initialise(model, 3)
     return model
 
@@ -40,7 +41,7 @@ def test_a_stock_file_gives_latents_with_wans_statistics_and_can_be_turned_back(
     import comfy.latent_formats
 
     model = small_vae()
-    stock = host.build_wan_vae(8)
+    stock = media.build_wan_vae(8)
     files = vae.as_stock(model.state_dict())
     stock.load_state_dict({name: value.float() for name, value in files.items()})
     latents = torch.randn(1, 16, 2, 4, 4)
@@ -98,7 +99,7 @@ def test_the_model_learns_goes_on_and_can_begin_with_a_finished_one(
     latents, text = torch.randn(4, 16, 1, 4, 4), torch.randn(4, 3, 4096)
 
     def training() -> dit.DitTraining:
-        return dit.DitTraining(host.build_wan(**config), recipe)
+        return dit.DitTraining(models.build_wan(**config), recipe)
 
     def batch(_step: int, _generator: torch.Generator):
         return latents, text
@@ -124,6 +125,6 @@ def test_noise_levels_spread_over_a_batch():
 
 def test_the_family_was_trained_with_the_sizes_that_the_tools_build():
     state = tiny.world_state("t2v")
-    assert {k: v.shape for k, v in host.build_wan(**dit.CONFIG).state_dict().items()} == {
+    assert {k: v.shape for k, v in models.build_wan(**dit.CONFIG).state_dict().items()} == {
         k: v.shape for k, v in state.items()
     }

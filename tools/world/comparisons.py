@@ -23,10 +23,10 @@ SHEETS = 4
 
 def window_layouts(plan: Any) -> dict[str, Layout]:
     """Where the windows of each preset meet."""
-    from atlasvid.engine.grid import Grid
+    from atlasvid.engine.branch.settings import preset_window
+    from atlasvid.engine.geometry.grid import Grid
+    from atlasvid.engine.geometry.windows import COMPACT, ShiftedWindows
     from atlasvid.engine.quality.lines import window_lines
-    from atlasvid.engine.settings import preset_window
-    from atlasvid.engine.windows import COMPACT, ShiftedWindows
 
     video = Grid(plan.frames, plan.height, plan.width)
     found = {}

@@ -89,11 +89,11 @@ class Studio:
 
     def plan(self, factor: int, stride: int, latents: int) -> Any:
         """A plan of `factor` times the trained size, from a proxy of so many latent frames."""
-        from atlasvid.engine import host
-        from atlasvid.engine.plan import make_plan
+        from atlasvid.engine.comfyui import models
+        from atlasvid.engine.geometry.plan import make_plan
 
         seconds = 4 * stride * (latents - 1) / FPS
-        space = host.latent_space(self.model)
+        space = models.latent_space(self.model)
         width, height = factor * WIDTH, factor * HEIGHT
         return make_plan(space, width, height, max(seconds, 0.01), FPS, HEIGHT, stride)
 
@@ -150,7 +150,7 @@ class Studio:
 
     def proxy(self, plan: Any, prompt: str, seed: int, scaled: bool, lora: bool) -> Tensor:
         """A proxy latent by sampling, with or without scaled RoPE and its LoRA."""
-        from atlasvid.engine.rope import apply_rope_method
+        from atlasvid.engine.proxy.frequencies import apply_rope_method
 
         model = self.proxy_model if lora else self.model
         if scaled:
@@ -160,10 +160,10 @@ class Studio:
 
     def branch(self, case_plan: Any, proxy: Tensor, method: Method) -> Any:
         """The model with the detail branch of a method."""
-        from atlasvid.engine.detail import apply_detail_branch
-        from atlasvid.engine.guidance import apply_structure_guidance
-        from atlasvid.engine.settings import preset_window
-        from atlasvid.engine.windows import COMPACT
+        from atlasvid.engine.branch.apply import apply_detail_branch
+        from atlasvid.engine.branch.settings import preset_window
+        from atlasvid.engine.geometry.windows import COMPACT
+        from atlasvid.engine.proxy.structure import apply_structure_guidance
 
         window = preset_window(method.window, case_plan, COMPACT)
         keys = case_plan.keys_per_query(window, method.guide_margin)
@@ -194,7 +194,7 @@ class Studio:
 
     def render(self, plan: Any, proxy: Tensor, prompt: str, seed: int, method: Method) -> Tensor:
         """The frames of a method from any proxy latent."""
-        from atlasvid.engine.latents import upscale_proxy
+        from atlasvid.engine.proxy.latents import upscale_proxy
 
         if method.kind == "upscale":
             return upscaled(self.decode(proxy), plan)

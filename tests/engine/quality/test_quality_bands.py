@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from atlasvid.engine.guidance import cosine_modes
+from atlasvid.engine.proxy.structure import cosine_modes
 from atlasvid.engine.quality import bands, frames
 from hypothesis import given, settings
 from hypothesis import strategies as st

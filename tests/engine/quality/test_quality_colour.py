@@ -4,11 +4,11 @@ from itertools import pairwise, product
 
 import pytest
 import torch
-from atlasvid.engine.grid import Grid
+from atlasvid.engine.geometry.grid import Grid
+from atlasvid.engine.geometry.windows import ShiftedWindows
 from atlasvid.engine.quality.colour import rms_drift, window_drift, worst_drift
 from atlasvid.engine.quality.frames import shrink
 from atlasvid.engine.quality.lines import window_lines
-from atlasvid.engine.windows import ShiftedWindows
 from textures import panned, pink_noise
 
 

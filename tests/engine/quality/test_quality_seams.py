@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from atlasvid.engine.grid import Grid
+from atlasvid.engine.geometry.grid import Grid
+from atlasvid.engine.geometry.windows import ShiftedWindows, SlidingWindows, cuts
 from atlasvid.engine.quality.lines import Lines, window_lines
 from atlasvid.engine.quality.seams import column_seams, frame_seams, row_seams
-from atlasvid.engine.windows import ShiftedWindows, SlidingWindows, cuts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from textures import panned, pink_noise

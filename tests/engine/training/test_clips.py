@@ -9,7 +9,8 @@ import av
 import numpy as np
 import pytest
 import torch
-from atlasvid.engine import host, tiny
+from atlasvid.engine.comfyui import media
+from atlasvid.engine.families import tiny
 from atlasvid.engine.training.cache import LatentCache
 from atlasvid.engine.training.clips import (
     Clip,
@@ -219,7 +220,7 @@ def test_what_is_cached_is_not_encoded_again_unless_it_changed(tmp_path, models,
     assert again() == [True, True]
     assert again("proxy") == [False, False]
     assert again(made=plan_of((5, 12, 12), (2, 4, 4))) == [False, False]
-    other_vae = (models[0], models[1], host.load_vae(tiny.vae_state(5)))
+    other_vae = (models[0], models[1], media.load_vae(tiny.vae_state(5)))
     assert again(using=other_vae) == [False, False]
     (tmp_path / "a.txt").write_text("other words")
     assert again() == [False, True]

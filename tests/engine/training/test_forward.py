@@ -6,10 +6,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
-from atlasvid.engine import host
-from atlasvid.engine.chunks import ChunkSize
-from atlasvid.engine.grid import Grid
-from atlasvid.engine.settings import DetailSettings
+from atlasvid.engine.branch.settings import DetailSettings
+from atlasvid.engine.comfyui import management, models
+from atlasvid.engine.device.chunks import ChunkSize
+from atlasvid.engine.geometry.grid import Grid
 from atlasvid.engine.training.adapters import ADAPTER, build_adapters
 from atlasvid.engine.training.forward import guide_forward, proxy_forward
 from atlasvid.engine.training.frozen import frozen_view
@@ -122,7 +122,7 @@ def test_guide_gradients_equal_the_dense_reference(
         0,
         guide_weight=weight,
     )
-    with host.training():
+    with management.training():
         chunk = ChunkSize(chunk)
         ours = guide_forward(frozen_view(wan), adapters.view, settings, x, t, context, chunk)
         mine = gradients(adapters, F.mse_loss(ours, target))
@@ -162,7 +162,7 @@ def test_proxy_gradients_equal_the_stock_forward(wan, adapters, reference):
     x, context = rand(1, 16, *latent, seed=1), rand(1, 16, 4096, seed=2)
     t, target = torch.tensor([600.0]), rand(1, 16, *latent, seed=3)
     plan = plan_of((9, 16, 24), latent)
-    with host.training():
+    with management.training():
         ours = proxy_forward(adapters.view, plan, x, t, context)
         mine = gradients(adapters, F.mse_loss(ours, target))
         options = {"rope_options": {"scale_t": 4.0}}
@@ -191,7 +191,7 @@ def test_weights_from_inference_mode_and_in_another_type(wan):
     results = []
     for model in (stored, rounded):
         built = build_adapters(model, 4, 4.0, "attention", 0, CPU)
-        with host.training():
+        with management.training():
             chunk = ChunkSize(2048)
             out = guide_forward(frozen_view(model), built.view, settings, x, t, context, chunk)
             results.append(gradients(built, out.square().mean()))
@@ -213,7 +213,7 @@ def kept_bytes(wan, adapters, latent):
 
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     x = rand(1, 16, *latent)
-    with host.training(), hooks:
+    with management.training(), hooks:
         t, context = torch.tensor([500.0]), rand(1, 16, 4096)
         chunk = ChunkSize(2048)
         guide_forward(frozen_view(wan), adapters.view, settings, x, t, context, chunk)
@@ -246,7 +246,7 @@ def test_other_layers_than_comfyuis_are_run_again():
     linear.packed = rand(5, 3)
     gradient = rand(2, 5, seed=1)
     assert torch.allclose(
-        host.linear_input_gradient(linear, gradient), gradient @ linear.packed * 0.5
+        models.linear_input_gradient(linear, gradient), gradient @ linear.packed * 0.5
     )
 
 

@@ -6,11 +6,12 @@ import comfy.utils
 import pytest
 import torch
 import torch.nn.functional as F
-from atlasvid.engine import host, tiny
-from atlasvid.engine.detail import apply_detail_branch
-from atlasvid.engine.grid import Grid
-from atlasvid.engine.lora import load_guide_lora
-from atlasvid.engine.rope import apply_rope_method
+from atlasvid.engine.branch.apply import apply_detail_branch
+from atlasvid.engine.comfyui import management, media, models
+from atlasvid.engine.families import tiny
+from atlasvid.engine.geometry.grid import Grid
+from atlasvid.engine.lora.guide import load_guide_lora
+from atlasvid.engine.proxy.frequencies import apply_rope_method
 from atlasvid.engine.training.cache import LatentCache
 from atlasvid.engine.training.clips import clips_in_folder
 from atlasvid.engine.training.objective import NoiseLevels
@@ -27,7 +28,7 @@ NOISE = NoiseLevels(5.0, 0.5, 1.0)
 def dataset_of(tmp_path):
     def made(plan, stage):
         render(tmp_path / "a.mp4", 18)
-        vae = host.load_vae(tiny.vae_state())
+        vae = media.load_vae(tiny.vae_state())
         cache = LatentCache(tmp_path / "cache", plan, stage, vae, tiny.TinyTextEncoder())
         return cache.build(clips_in_folder(tmp_path), 1)
 
@@ -68,7 +69,7 @@ def denoiser(text):
         scale, constant = response(state, text)
         state["head.head.weight"] /= scale
         state["patch_embedding.bias"] -= patch @ constant / scale
-    return host.load_diffusion_model(state)
+    return models.load_diffusion_model(state)
 
 
 def one_over_sigma(state):
@@ -89,7 +90,7 @@ def one_over_sigma(state):
 
 def response(state, text):
     """What a Wan makes of noise, as a multiple of it, and of nothing, per place in a patch [64]."""
-    wan = host.load_diffusion_model(dict(state)).model.diffusion_model
+    wan = models.load_diffusion_model(dict(state)).model.diffusion_model
     noise = rand(1, 16, 5, 8, 8)
     with torch.no_grad():
         made, nothing = (wan(x, torch.tensor([1000.0]), text) for x in (noise, 0 * noise))
@@ -100,7 +101,7 @@ def response(state, text):
 def mean_loss(trainer, dataset):
     """Over the same 16 noises and noise levels, whatever was trained."""
     step, losses = trainer.step, []
-    with host.training(), torch.no_grad():
+    with management.training(), torch.no_grad():
         for trainer.step in range(16):
             losses.append(float(trainer.loss(dataset, 0)))
     trainer.step = step

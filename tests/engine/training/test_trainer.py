@@ -10,12 +10,13 @@ import comfy.sd
 import comfy.utils
 import pytest
 import torch
-from atlasvid.engine import host, tiny
-from atlasvid.engine.detail import apply_detail_branch
-from atlasvid.engine.grid import Grid
-from atlasvid.engine.lora import load_guide_lora
-from atlasvid.engine.recipe import BaseShape, Recipe, pack_version
-from atlasvid.engine.rope import apply_rope_method
+from atlasvid.engine.branch.apply import apply_detail_branch
+from atlasvid.engine.comfyui import management, media, models
+from atlasvid.engine.families import tiny
+from atlasvid.engine.geometry.grid import Grid
+from atlasvid.engine.lora.guide import load_guide_lora
+from atlasvid.engine.lora.recipe import BaseShape, Recipe, pack_version
+from atlasvid.engine.proxy.frequencies import apply_rope_method
 from atlasvid.engine.training.cache import LatentCache
 from atlasvid.engine.training.clips import clips_in_folder
 from atlasvid.engine.training.state import TrainingState
@@ -36,7 +37,7 @@ def vae():
     state = tiny.vae_state()
     for name in ("conv1.weight", "conv1.bias"):
         state[name] *= 4
-    return host.load_vae(state)
+    return media.load_vae(state)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def trained(data, tmp_path_factory):
 
 
 def predicted(run, sample, x, text):
-    with host.training(), torch.no_grad():
+    with management.training(), torch.no_grad():
         return run.predict(x, 0.6, text, sample)
 
 
@@ -129,7 +130,7 @@ def test_the_stock_loader_takes_every_key_of_a_proxy_lora(trained, data, caplog)
     patched, _ = comfy.sd.load_lora_for_models(model, None, tensors, 1.0, 0.0)
     patched = apply_rope_method(patched, "linear", 1.0, 1.0, PLAN)
     sample = data["proxy"].sample(0)
-    x = host.process_latent_in(model, sample.guide)
+    x = models.process_latent_in(model, sample.guide)
     ours = predicted(run, sample, x, sample.text)
     plain = forward(patched, x, torch.tensor([600.0]), sample.text)
     patched.patch_model()
@@ -146,7 +147,7 @@ def test_inference_with_a_guide_lora_is_what_was_trained(trained, data):
     sample = data["guide"].sample(0)
     lora = load_guide_lora(result.path, 1.0)
     model = small_wan()
-    x = host.process_latent_in(model, sample.target)
+    x = models.process_latent_in(model, sample.target)
     ours = predicted(run, sample, x, sample.text)
     errors = []
     for guide_lora, weight in ((lora, "auto"), (None, 6.0), (lora, 1.0)):
@@ -299,7 +300,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
 def test_out_of_memory_trains_fewer_windows_at_a_time(data, tmp_path, monkeypatch):
     chosen = settings(window=Grid(2, 2, 2))
     expected = trainer(tmp_path / "enough", chosen).run(data["guide"]).losses
-    stock, sizes = host.attention, []
+    stock, sizes = models.attention, []
 
     def scarce(q, *args):
         sizes.append(q.shape[0] * q.shape[1])
@@ -307,7 +308,7 @@ def test_out_of_memory_trains_fewer_windows_at_a_time(data, tmp_path, monkeypatc
             raise torch.cuda.OutOfMemoryError("out of memory")
         return stock(q, *args)
 
-    monkeypatch.setattr(host, "attention", scarce)
+    monkeypatch.setattr(models, "attention", scarce)
     with_less = trainer(tmp_path / "scarce", chosen).run(data["guide"]).losses
     assert max(sizes) > 16
     assert with_less == pytest.approx(expected, rel=1e-5)
@@ -315,7 +316,7 @@ def test_out_of_memory_trains_fewer_windows_at_a_time(data, tmp_path, monkeypatc
     def none_left(*_):
         raise torch.cuda.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(host, "attention", none_left)
+    monkeypatch.setattr(models, "attention", none_left)
     with pytest.raises(RuntimeError, match=r"memory ran out at step 1.*smaller or shorter"):
         trainer(tmp_path / "none", chosen).run(data["guide"])
 

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import comfy.ldm.wan.vae
 import pytest
 import torch
-from atlasvid.engine import host
+from atlasvid.engine.comfyui import media, server
 from atlasvid.engine.vae import wan
 from atlasvid.engine.vae.decode import TiledDecoder, decode_images
 from atlasvid.engine.vae.layers import convolutions
@@ -144,7 +144,7 @@ def test_cancel_stops_between_chunks(monkeypatch):
 
         return advance
 
-    monkeypatch.setattr(host, "progress_bar", progress_bar)
+    monkeypatch.setattr(server, "progress_bar", progress_bar)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         decode_images(vae, random_latent(16, 5, 8, 8))
     assert len(advanced) == 1
@@ -226,13 +226,13 @@ def test_counted_work_is_what_the_convolutions_do(monkeypatch):
 def test_sliced_attention_is_the_cores(monkeypatch):
     monkeypatch.setattr(wan, "ATTENTION_SCORE_BYTES", 7 * 120 * 4)
     q, k, v = torch.randn(3, 2, 32, 10, 12, generator=torch.Generator().manual_seed(1))
-    expected = host.plain_attention(q, k, v)
+    expected = media.plain_attention(q, k, v)
     assert (wan.sliced_attention(q, k, v) - expected).abs().max() <= 1e-6
 
 
 def test_fused_attention_is_the_cores():
     q, k, v = torch.randn(3, 2, 32, 10, 12, generator=torch.Generator().manual_seed(1))
-    expected = host.plain_attention(q, k, v)
+    expected = media.plain_attention(q, k, v)
     assert (wan.lean_attention(q, k, v) - expected).abs().max() <= 1e-6
 
 

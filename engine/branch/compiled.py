@@ -1,0 +1,53 @@
+"""The parts of a block between its attentions, compiled where the artist asks for it.
+
+The stock TorchCompileModel node is the switch. It would trace our loops over windows; instead its
+choices are used for what is worth compiling, and the loops run as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..comfyui import management
+from ..families import wan
+
+
+class Compiled:
+    """A function through torch.compile; as it is once that failed."""
+
+    def __init__(self, function: Callable, choices: dict[str, Any]):
+        self.function = function
+        self.compiled: Callable | None = torch.compile(function, **choices)
+
+    def __call__(self, *args: Any) -> Any:
+        if self.compiled is not None:
+            try:
+                return self.compiled(*args)
+            except Exception as error:
+                if management.is_out_of_memory(error) or management.is_cancelled(error):
+                    raise
+                logging.warning(
+                    "AtlasVid: torch.compile failed for %s, which now runs without: %s",
+                    self.function.__name__,
+                    str(error).strip().partition("\n")[0] or type(error).__name__,
+                )
+                self.compiled = None
+        return self.function(*args)
+
+
+def parts_of(choices: dict[str, Any] | None) -> wan.Parts:
+    """The parts of a block, compiled with torch.compile's `choices` unless they are None.
+
+    Not by `cudagraphs`, which wants one length and writes each result over the one before.
+    """
+    if choices is None or choices["backend"] == "cudagraphs":
+        return wan.Parts()
+    if choices.get("dynamic") is None:  # chunks differ in length
+        choices = {**choices, "dynamic": True}
+    return wan.Parts(
+        *(Compiled(part, choices) for part in (wan.queries, wan.keys, wan.feed_forward))
+    )

@@ -1,0 +1,123 @@
+"""What lives for one sampling run and is freed with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from ..comfyui import models
+from ..device import copies
+from .compiled import parts_of
+from .progress import RunProgress
+
+KEY = "atlasvid"
+T = TypeVar("T")
+
+
+class SamplingRun:
+    """State of one call of a sampler: the guide's noise, its keys, geometry, progress.
+
+    Created when sampling starts, reachable by the forward through `transformer_options`, emptied
+    when sampling ends, fails or is cancelled.
+
+    Args:
+        seed: the sampler's.
+        keep_guide: whether one conditioning has the same weights in every step.
+        compile_choices: arguments of torch.compile, or None to compile nothing.
+        model: the ModelPatcher that is sampled.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        keep_guide: bool = True,
+        compile_choices: dict[str, Any] | None = None,
+        model: Any = None,
+    ):
+        self.seed = seed
+        self.model = model
+        self.keep_guide = keep_guide
+        self.parts = parts_of(compile_choices)
+        self.guide_keys: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
+        self._progress: RunProgress | None = None
+        self._noise: Tensor | None = None
+        self._made: dict[tuple, Any] = {}
+
+    def once(self, key: tuple, make: Callable[[], T]) -> T:
+        """What `make` gave the first time it was asked for under this key in this run."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def keep_guide_keys(self, key: tuple, keys: list[tuple[Tensor, Tensor]]) -> None:
+        """Keep keys and values per block, in place of those of the same conditionings.
+
+        ComfyUI may evaluate two conditionings together in one step and one by one in the next.
+        """
+        (*branch, together) = key
+        for old in list(self.guide_keys):
+            if [*old[:-1]] == branch and set(old[-1]) & set(together):
+                del self.guide_keys[old]
+        self.guide_keys[key] = keys
+
+    def progress(self, schedule: tuple[float, ...], blocks: int, tokens: int) -> RunProgress:
+        """The run's one progress report."""
+        if self._progress is None:
+            self._progress = RunProgress(schedule, blocks, tokens)
+        return self._progress
+
+    def finish(self) -> None:
+        """The sampler came to its end."""
+        if self._progress is not None:
+            self._progress.done()
+
+    def noise_like(self, latent: Tensor) -> Tensor:
+        """The run's one noise for the guide latent, the stock sampler's for the same seed."""
+        if self._noise is None:
+            self._noise = models.seeded_noise(latent, self.seed)
+        return self._noise
+
+    def close(self) -> None:
+        """Drop every tensor."""
+        self.guide_keys.clear()
+        self._made.clear()
+        self._noise = None
+        copies.release_pinned()
+
+
+def run_of(options: dict) -> SamplingRun:
+    """The run that a forward belongs to; a forward outside of sampling gets one of its own."""
+    return options.get(KEY) or SamplingRun(seed=0, keep_guide=False)
+
+
+def open_run(executor: Any, noise: Tensor, latent_image: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """OUTER_SAMPLE wrapper: gives the sampling call a run and frees it whatever happens.
+
+    Raises:
+        ValueError: the latent to start from is not finite.
+    """
+    if not latent_image.isfinite().all():
+        raise ValueError(
+            "The latent to sample from contains NaN or infinite values. An earlier stage broke: "
+            "check its model, precision and LoRA strengths."
+        )
+    guider = executor.class_obj
+    seed = kwargs.get("seed", args[5] if len(args) > 5 else None)
+    run = SamplingRun(
+        seed or 0,
+        keep_guide=not models.has_scheduled_weights(guider.model_patcher),
+        compile_choices=models.compile_choices(guider.model_options),
+        model=guider.model_patcher,
+    )
+    options = guider.model_options.setdefault("transformer_options", {})
+    options[KEY] = run
+    models.make_innermost(options, KEY)
+    try:
+        result = executor(noise, latent_image, *args, **kwargs)
+        run.finish()
+        return result
+    finally:
+        options.pop(KEY, None)
+        run.close()

@@ -1,0 +1,154 @@
+"""ComfyUI's VAEs and videos."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from itertools import islice
+from types import SimpleNamespace
+from typing import Any
+
+import av
+import comfy.ldm.modules.diffusionmodules.model
+import comfy.ldm.wan.vae
+import comfy.ldm.wan.vae2_2
+import comfy.sd
+import comfy.utils
+import torch
+from comfy_api.latest import Input, InputImpl, Types
+from torch import Tensor
+
+
+def build_wan_vae(dim: int) -> torch.nn.Module:
+    """An uninitialised stock Wan 2.1 VAE with `dim` base channels (the real one has 96)."""
+    return comfy.ldm.wan.vae.WanVAE(dim=dim, z_dim=16, temperal_downsample=[False, True, True])
+
+
+def load_vae(state: dict[str, Tensor]) -> Any:
+    """A VAE from its weights, through the stock loader."""
+    return comfy.sd.VAE(sd=state)
+
+
+# The VAE and video part of the host.
+
+VideoInput = Input.Video
+VideoFromFile = InputImpl.VideoFromFile
+VideoFromComponents = InputImpl.VideoFromComponents
+VideoComponents = Types.VideoComponents
+
+# What VAEs use where no memory-saving attention is at hand, as on the CPU.
+plain_attention = comfy.ldm.modules.diffusionmodules.model.normal_attention
+
+# Pixel-shuffle factor of each supported VAE class.
+WAN_VAES: dict[type, int] = {
+    comfy.ldm.wan.vae.WanVAE: 1,
+    comfy.ldm.wan.vae2_2.WanVAE: 2,
+}
+
+
+def wan_patch(vae: Any) -> int | None:
+    """1 for a Wan 2.1 VAE, 2 for a Wan 2.2 VAE, None for every other VAE."""
+    return WAN_VAES.get(type(vae.first_stage_model))
+
+
+def wan_residual_block(channels: int) -> torch.nn.Module:
+    """An uninitialised residual block of a Wan VAE."""
+    return comfy.ldm.wan.vae.ResidualBlock(channels, channels)
+
+
+def is_rms_norm(module: Any) -> bool:
+    """Whether a layer is the Wan VAEs' RMS norm over channels."""
+    return type(module) is comfy.ldm.wan.vae.RMS_norm
+
+
+def require_bit_depth(bit_depth: int) -> None:
+    """Refuse a bit depth that the running ComfyUI's encoder does not write.
+
+    Raises:
+        ValueError: names the depths that it does write.
+    """
+    parameters = inspect.signature(VideoFromComponents.__init__).parameters
+    allowed = (8, 10) if "bit_depth" in parameters else (8,)
+    if bit_depth not in allowed:
+        names = " or ".join(map(str, allowed))
+        raise ValueError(
+            f"bit_depth is {bit_depth}, but this ComfyUI writes videos of {names} bits. "
+            f"Set it to {names}" + (", or update ComfyUI for 10." if len(allowed) == 1 else ".")
+        )
+
+
+def video_components(images: Any, frame_rate: Fraction, audio: Any) -> Any:
+    """The core's bundle of images [frames, height, width, 3], frame rate and sound."""
+    return VideoComponents(images=images, audio=audio, frame_rate=frame_rate)
+
+
+def encode_video(components: Any, target: Any, bit_depth: int, **choices: Any) -> None:
+    """Write a video with the core's own encoder loop; 8 bit is every version's default."""
+    if bit_depth != 8:
+        choices["bit_depth"] = bit_depth
+    VideoFromComponents(components).save_to(target, **choices)
+
+
+class _PartOfContainer:
+    """A video container that is read on where the last reading ended, `size` items at a time.
+
+    The core's own conversion of a file to images takes an open container; given this one, it
+    converts a few frames per call.
+    """
+
+    def __init__(self, container: Any, size: int) -> None:
+        self.streams = SimpleNamespace(video=container.streams.video, audio=())
+        self.metadata = container.metadata
+        self.exhausted = False
+        self._container = container
+        self._size = size
+        self._items: Iterator[Any] | None = None
+
+    def seek(self, *place: Any, **options: Any) -> None:
+        """Only the first reading has to find the start."""
+        if self._items is None:
+            self._container.seek(*place, **options)
+
+    def demux(self, *streams: Any) -> list[Any]:
+        return self._next(self._container.demux, streams)
+
+    def decode(self, *streams: Any) -> list[Any]:
+        return self._next(self._container.decode, streams)
+
+    def _next(self, read: Callable[..., Iterator[Any]], streams: tuple[Any, ...]) -> list[Any]:
+        if self._items is None:
+            self._items = read(*streams)
+        items = list(islice(self._items, self._size))
+        self.exhausted = len(items) < self._size
+        return items
+
+
+def video_batches(video: Any, size: int) -> Iterator[Tensor]:
+    """The images of a video file, as its `get_components` gives them, about `size` at a time."""
+    with av.open(video.get_stream_source(), mode="r") as container:
+        part = _PartOfContainer(container, size)
+        started = False
+        while not part.exhausted:
+            images = video.get_components_internal(part).images
+            if len(images) > 0:
+                started = True
+                yield images
+            elif started:  # past the end of a trimmed video
+                return
+
+
+def scale_and_crop(images: Tensor, width: int, height: int) -> Tensor:
+    """Images [n, h, w, c] scaled bilinearly and cropped around the centre, as stock nodes do."""
+    scaled = comfy.utils.common_upscale(images.movedim(-1, 1), width, height, "bilinear", "center")
+    return scaled.movedim(1, -1)
+
+
+def encode_frames(vae: Any, pixels: Tensor) -> Tensor:
+    """Frames [N, H, W, 3] in 0 to 1 -> ComfyUI latent [1, C, T, H', W'], float32 on the CPU."""
+    return vae.encode(pixels).float().cpu()
+
+
+def vae_state(vae: Any) -> dict[str, Tensor]:
+    """The weights of a VAE."""
+    return vae.first_stage_model.state_dict()

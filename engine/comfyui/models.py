@@ -1,0 +1,255 @@
+"""ComfyUI's models and sampling: what is done with a MODEL, its attention and its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import comfy.ldm.common_dit
+import comfy.ldm.modules.attention
+import comfy.ldm.wan.model
+import comfy.model_base
+import comfy.model_management
+import comfy.ops
+import comfy.patcher_extension
+import comfy.sample
+import comfy.sd
+import comfy.utils
+import node_helpers
+import torch
+from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
+from torch import Tensor
+
+from ..geometry.space import LatentSpace
+
+Wrappers = comfy.patcher_extension.WrappersMP
+
+SUPPORTED_MODELS = "Wan 2.1 T2V, Wan 2.1 I2V, Wan 2.2 A14B (high and low noise), Wan 2.2 TI2V-5B"
+
+
+def make_innermost(options: dict, key: str) -> None:
+    """Let the forward under `key` run inside all other nodes' wrappers of the forward.
+
+    It answers in place of the stock forward, so wrappers inside of it would never be called.
+    """
+    wrappers = options.get("wrappers", {}).get(Wrappers.DIFFUSION_MODEL, {})
+    if key in wrappers:
+        wrappers[key] = wrappers.pop(key)
+
+
+def model_name(model: Any) -> str:
+    """What ComfyUI recognised the loaded model as, in words for an error message."""
+    base = model.model
+    inner = getattr(base, "diffusion_model", None)
+    return f"{type(base).__name__} ({type(inner).__name__})"
+
+
+def require_wan(model: Any) -> None:
+    """Refuse a model whose blocks are not the plain Wan blocks.
+
+    Raises:
+        ValueError: names the model found and the models supported.
+    """
+    wan22 = getattr(comfy.model_base, "WAN22", None)
+    plain = type(model.model) in (comfy.model_base.WAN21, wan22)
+    inner: Any = getattr(model.model, "diffusion_model", None)
+    if not (plain and type(inner) is comfy.ldm.wan.model.WanModel and inner.ref_conv is None):
+        raise ValueError(
+            f"AtlasVid cannot work on this model: it was recognised as {model_name(model)}. "
+            f"Supported are {SUPPORTED_MODELS}. Load one of those with Load Diffusion Model "
+            "(VACE, Animate, Camera, Fun-Control and other architectures have other blocks)."
+        )
+
+
+def latent_space(model: Any) -> LatentSpace:
+    """The latent space of a loaded Wan model.
+
+    Raises:
+        ValueError: the model is not a supported Wan.
+    """
+    require_wan(model)
+    latent_format = model.get_model_object("latent_format")
+    return LatentSpace(
+        channels=latent_format.latent_channels,
+        spatial=latent_format.spacial_downscale_ratio,
+        temporal=getattr(latent_format, "temporal_downscale_ratio", 4),
+        patch=tuple(model.model.diffusion_model.patch_size),
+    )
+
+
+def process_latent_in(model: Any, latent: Tensor) -> Tensor:
+    """A ComfyUI latent in the normalised space that the model works in."""
+    return model.get_model_object("latent_format").process_in(latent)
+
+
+def percent_to_sigma(model: Any, percent: float) -> float:
+    """The noise level reached when `percent` (0 to 1) of the sampling is done."""
+    return float(model.get_model_object("model_sampling").percent_to_sigma(percent))
+
+
+def seeded_noise(latent: Tensor, seed: int) -> Tensor:
+    """The stock sampler's own noise for this seed, without moving the global generator."""
+    cards = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=cards):
+        return comfy.sample.prepare_noise(latent.cpu().float(), seed)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, options: dict) -> Tensor:
+    """ComfyUI's attention, as chosen by its start flags or by an override in the options.
+
+    q [B, Lq, C], k and v [B, Lk, C] -> [B, Lq, C].
+    """
+    return comfy.ldm.modules.attention.optimized_attention(
+        q, k, v, heads=heads, transformer_options=options
+    )
+
+
+def biased_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor) -> Tensor:
+    """PyTorch's attention with a bias added to the logits, whatever the start flags chose.
+
+    q [B, Lq, C], k and v [B, Lk, C], bias broadcast to [B, heads, Lq, Lk] -> [B, Lq, C].
+    """
+    return comfy.ldm.modules.attention.attention_pytorch(q, k, v, heads=heads, mask=bias)
+
+
+def attention_function(name: str) -> Callable | None:
+    """One of ComfyUI's registered attentions by name, or None where it is not installed."""
+    return comfy.ldm.modules.attention.get_attention_function(name, None)
+
+
+def started_attention() -> str | None:
+    """The registered name of the attention that ComfyUI's start flags chose."""
+    registered = comfy.ldm.modules.attention.REGISTERED_ATTENTION_FUNCTIONS
+    chosen = comfy.ldm.modules.attention.optimized_attention
+    return next((name for name, function in registered.items() if function is chosen), None)
+
+
+def fused_on_cpu(chosen: Callable, *args: Any, **kwargs: Any) -> Tensor:
+    """An attention override: PyTorch's fused attention where ComfyUI would go sub-quadratic.
+
+    ComfyUI's default on the CPU saves memory that windows do not take, at half the speed.
+    """
+    stock = comfy.ldm.modules.attention
+    if chosen is getattr(stock.attention_sub_quad, "__wrapped__", None):
+        chosen = stock.attention_pytorch
+    return chosen(*args, **kwargs)
+
+
+def apply_rope(x: Tensor, freqs: Tensor) -> Tensor:
+    """Rotate x [B, L, heads, d] by rotation matrices [B or 1, L, 1, d/2, 2, 2]."""
+    return comfy.ldm.wan.model.apply_rope1(x, freqs)
+
+
+def cast(weight: Tensor, like: Tensor) -> Tensor:
+    """A bare parameter in the dtype and on the device of `like`.
+
+    Copied without waiting for the device's work, where it can.
+    """
+    return comfy.model_management.cast_to_device(weight, like.device, like.dtype)
+
+
+def pad_to_patch(latent: Tensor, patch: tuple[int, int, int]) -> Tensor:
+    """Pad a latent [B, C, T, H, W] to whole patches, as the stock model does."""
+    return comfy.ldm.common_dit.pad_to_patch_size(latent, patch)
+
+
+def time_embedding(model: Any, timestep: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Wan's time embedding and its projection.
+
+    timestep [B] or [B, frames] -> e [B, 1 or frames, C], e0 [B, 1 or frames, 6, C].
+    """
+    wave = comfy.ldm.wan.model.sinusoidal_embedding_1d(model.freq_dim, timestep.flatten())
+    e = model.time_embedding(wave.to(dtype))
+    e = e.reshape(timestep.shape[0], -1, e.shape[-1])
+    return e, model.time_projection(e).unflatten(2, (6, model.dim))
+
+
+def compile_choices(model_options: dict) -> dict[str, Any] | None:
+    """The arguments of torch.compile that the stock compile node left, or None without it."""
+    return model_options.get(TORCH_COMPILE_KWARGS)
+
+
+def has_scheduled_weights(model: Any) -> bool:
+    """Whether weights change with the conditioning or the step (hook LoRAs)."""
+    return bool(getattr(model, "hook_patches", None))
+
+
+def build_wan(**config: Any) -> torch.nn.Module:
+    """An uninitialised stock WanModel, float32, on the CPU."""
+    return comfy.ldm.wan.model.WanModel(
+        dtype=torch.float32, operations=comfy.ops.disable_weight_init, **config
+    )
+
+
+def load_diffusion_model(state: dict[str, Tensor]) -> Any:
+    """A ModelPatcher from a diffusion model's weights, through the stock loader."""
+    return comfy.sd.load_diffusion_model_state_dict(state)
+
+
+def with_lora(model: Any, lora: dict[str, Tensor], strength: float = 1.0) -> Any:
+    """A clone of the model with an ordinary LoRA on it, as the stock loader puts it there."""
+    return comfy.sd.load_lora_for_models(model, None, lora, strength, 0)[0]
+
+
+def with_shift(model: Any, shift: float) -> Any:
+    """A clone of the model that samples at shifted noise levels, as the stock node sets it."""
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
+    return ModelSamplingSD3().patch(model, shift)[0]
+
+
+def set_conditioning(conditioning: Any, values: dict[str, Any]) -> Any:
+    """A copy of a CONDITIONING with `values` set on every entry."""
+    return node_helpers.conditioning_set_values(conditioning, values)
+
+
+def differentiable_attention(_: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """PyTorch's attention in place of the one that the start flags chose (an override)."""
+    return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
+
+
+@contextmanager
+def weights(module: Any, like: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """A layer's weight and bias as `like`, dequantised; they may be gone after the block."""
+    weight, bias, offloaded = comfy.ops.cast_bias_weight(module, like, offloadable=True)
+    quantised = getattr(comfy.ops, "QuantizedTensor", None)
+    try:
+        if quantised is not None and isinstance(weight, quantised):
+            yield weight.dequantize().to(like.dtype), bias
+        else:
+            yield weight, bias
+    finally:
+        comfy.ops.uncast_bias_weight(module, weight, bias, offloaded)
+
+
+def linear_input_gradient(linear: Any, gradient: Tensor) -> Tensor:
+    """The gradient of a linear layer's input from that of its output [..., out] -> [..., in].
+
+    A layer of another pack (GGUF) that keeps its weight in its own way is run once more instead.
+    """
+    if type(linear).forward.__module__ == "comfy.ops":
+        with weights(linear, gradient) as (weight, _):
+            return gradient @ weight
+    with torch.enable_grad():
+        shape = (*gradient.shape[:-1], linear.in_features)
+        x = torch.zeros(shape, dtype=gradient.dtype, device=gradient.device, requires_grad=True)
+        return torch.autograd.grad(linear(x), x, gradient)[0]
+
+
+def encode_text(clip: Any, text: str) -> Tensor:
+    """A prompt as Wan's cross-attention reads it: [1, L, C], float32 on the CPU."""
+    return clip.encode_from_tokens_scheduled(clip.tokenize(text))[0][0].float().cpu()
+
+
+def load_wan_files(model: Any, vae: Any) -> tuple[Any, Any]:
+    """MODEL and VAE from the paths of their files, through the stock loaders."""
+    return (
+        comfy.sd.load_diffusion_model(str(model)),
+        comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(vae))),
+    )
+
+
+def load_wan_text_encoder(file: Any) -> Any:
+    """CLIP from the path of Wan's text encoder, through the stock loader."""
+    return comfy.sd.load_clip([str(file)], clip_type=comfy.sd.CLIPType.WAN)

@@ -1,0 +1,98 @@
+"""ComfyUI's folders, and what its server shows of a running node."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import comfy.utils
+import folder_paths
+from comfy_execution.utils import get_executing_context
+
+
+def show_progress(text: str) -> None:
+    """Show a line in the node that is being executed; nothing outside of a server."""
+    context = get_executing_context()
+    server = sys.modules.get("server")  # only a running ComfyUI has it; importing it starts much
+    if context is not None and server is not None:
+        server.PromptServer.instance.send_progress_text(text, context.node_id)
+
+
+def progress_bar(total: int) -> Callable[[int], None]:
+    """A node's progress bar of `total` steps; call the result with the steps just done."""
+    return comfy.utils.ProgressBar(total).update
+
+
+def temp_directory() -> Path:
+    """ComfyUI's temp folder, which it also empties when it starts."""
+    return Path(folder_paths.get_temp_directory())
+
+
+def free_disk() -> int:
+    """Bytes free where ComfyUI writes its videos."""
+    output = Path(folder_paths.get_output_directory())
+    while not output.exists():  # ComfyUI makes it with the first file
+        output = output.parent
+    return shutil.disk_usage(output).free
+
+
+def user_folder() -> Path:
+    """Where ComfyUI keeps a user's files."""
+    return Path(folder_paths.get_user_directory())
+
+
+def model_file(name: str) -> Path | None:
+    """The file of a diffusion model as the loaders list it, or None where there is none."""
+    for folder in ("diffusion_models", "checkpoints"):
+        if found := folder_paths.get_full_path(folder, name):
+            return Path(found)
+    return None
+
+
+# --- LoRAs -----------------------------------------------------------------------------------
+
+
+def lora_names() -> list[str]:
+    """The files in ComfyUI's loras folders."""
+    return folder_paths.get_filename_list("loras")
+
+
+def lora_path(name: str) -> str:
+    """The path of a file in ComfyUI's loras folders.
+
+    Raises:
+        FileNotFoundError: there is none of that name.
+    """
+    return folder_paths.get_full_path_or_raise("loras", name)
+
+
+def output_folder() -> str:
+    """ComfyUI's output folder."""
+    return folder_paths.get_output_directory()
+
+
+def input_folder() -> str:
+    """ComfyUI's input folder."""
+    return folder_paths.get_input_directory()
+
+
+def lora_folder() -> str:
+    """The first of ComfyUI's loras folders, where a new LoRA is saved."""
+    return folder_paths.get_folder_paths("loras")[0]
+
+
+def preview_bar(total: int, size: int) -> Callable[[int, Any], None]:
+    """A node's progress bar that can show a picture; call it with steps done and PIL or None.
+
+    Args:
+        size: longest side of the picture in pixels.
+    """
+    bar = comfy.utils.ProgressBar(total)
+
+    def show(done: int, picture: Any) -> None:
+        bar.update_absolute(done, total, picture and ("PNG", picture, size))
+
+    return show

@@ -1,0 +1,111 @@
+"""The target tokens of one video, on the device that computes or in host memory."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from . import copies
+
+WORD = torch.int64
+"""Rows are gathered and scattered as these: two to three times as fast as 16-bit numbers."""
+
+
+class Tokens(Protocol):
+    """Tokens [F * h * w, C] that blocks read and overwrite by raster index."""
+
+    @property
+    def index_device(self) -> torch.device:
+        """Where indices must be, so that nothing waits for the computing device."""
+        ...
+
+    def read(self, index: Tensor) -> Tensor:
+        """Tokens [n, C] at indices [n], on the computing device, as a tensor of its own."""
+        ...
+
+    def write(self, index: Tensor, values: Tensor) -> None:
+        """Overwrite tokens; visible to reads after `settle`, to other indices at once."""
+        ...
+
+    def settle(self) -> None:
+        """Wait until everything written can be read."""
+        ...
+
+
+class DeviceTokens:
+    """Tokens on the device that computes."""
+
+    def __init__(self, values: Tensor):
+        self.values = values
+
+    @property
+    def index_device(self) -> torch.device:
+        return self.values.device
+
+    def read(self, index: Tensor) -> Tensor:
+        return self.values.index_select(0, index)  # as they are: the head is trained through
+
+    def write(self, index: Tensor, values: Tensor) -> None:
+        self.values.view(WORD).index_copy_(0, index, values.contiguous().view(WORD))
+
+    def settle(self) -> None:
+        pass
+
+
+class HostTokens:
+    """Tokens in host memory that stream through the device.
+
+    A worker thread copies results back, and uploads have a stream of their own, while the device
+    computes the chunk in between. At most two results wait, so memory stays bounded.
+
+    Only the chunks on their way are pinned. The tokens are read and written by the CPU, and pinned
+    memory is slow to get, handed out in powers of two and scarce on Windows.
+    """
+
+    WAITING = 2
+
+    def __init__(self, count: int, dim: int, dtype: torch.dtype, device: torch.device):
+        self.values = torch.empty((count, dim), dtype=dtype)
+        self._rows = self.values.view(WORD)
+        self.device = device
+        self._worker = ThreadPoolExecutor(1, "atlasvid-tokens")
+        self._pending: list[Future[None]] = []
+
+    @property
+    def index_device(self) -> torch.device:
+        return self.values.device
+
+    def read(self, index: Tensor) -> Tensor:
+        shape = (len(index), self.values.shape[1])
+        gathered = copies.host_buffer(shape, self.values.dtype, self.device)
+        torch.index_select(self._rows, 0, index, out=gathered.view(WORD))
+        return copies.upload(gathered, self.device)
+
+    def write(self, index: Tensor, values: Tensor) -> None:
+        while len(self._pending) >= self.WAITING:
+            self._finish_oldest()
+        values = values.contiguous()  # here: the worker's copy would do it in its stream's memory
+        ready = copies.Mark(self.device)
+        self._pending.append(self._worker.submit(self._store, index, values, ready))
+
+    def _store(self, index: Tensor, values: Tensor, ready: copies.Mark) -> None:
+        with torch.inference_mode(), ready.after():
+            staged = copies.host_buffer(tuple(values.shape), values.dtype, self.device)
+            self._rows.index_copy_(0, index, staged.copy_(values).view(WORD))
+
+    def settle(self) -> None:
+        while self._pending:
+            self._finish_oldest()
+
+    def _finish_oldest(self) -> None:
+        try:
+            self._pending.pop(0).result()
+        except Exception as error:  # of an earlier chunk: the one being computed cannot mend it
+            raise RuntimeError(f"AtlasVid could not keep tokens on the host: {error!r}") from error
+
+    def close(self) -> None:
+        """Wait for the worker and let it go."""
+        self._worker.shutdown(wait=True)

@@ -1,0 +1,283 @@
+"""A plan in figures for the artist's eyes: its picture's geometry and its list of costs."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..branch.progress import duration
+from ..branch.settings import preset_window
+from ..comfyui import management, models, server
+from ..device import copies
+from ..geometry import space
+from ..geometry.grid import Grid
+from ..geometry.plan import Plan, make_plan
+from ..geometry.windows import cuts
+from . import calibration, cost
+from .cost import ModelShape, Settings
+
+WAN21_SPACE = space.LatentSpace(channels=16, spatial=8, temporal=4, patch=(1, 2, 2))
+WAN22_SPACE = space.LatentSpace(channels=48, spatial=16, temporal=4, patch=(1, 2, 2))
+WAN22_CHANNELS = 48
+TINY_NODE = "AtlasVidTinyModels"
+DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}
+
+
+def overview(query: Mapping[str, str]) -> dict[str, Any]:
+    """What the plan widget shows.
+
+    Args:
+        query: the plan node's values by name; `model`, the file or node that the model comes from;
+            optional `shape`, what `shape_record` said of a model that was executed; and the
+            sampling found in the graph (`window`, `overlap`, `guide_noise`, `guide_lora`, ...).
+
+    Raises:
+        ValueError: a value is missing or outside its range.
+    """
+    shape, assumed = _shape(query)
+    space = WAN22_SPACE if shape.out_channels == WAN22_CHANNELS else WAN21_SPACE
+    plan = make_plan(
+        space,
+        int(_number(query, "width")),
+        int(_number(query, "height")),
+        _number(query, "seconds"),
+        _number(query, "fps"),
+        int(_number(query, "proxy_short_side")),
+        int(_number(query, "temporal_stride")),
+    )
+    settings = _settings(query, plan)
+    rates = calibration.known_rates(shape)
+    return {
+        **picture(plan, settings),
+        **figures(shape, assumed, plan, settings, this_machine(), rates),
+        "notes": list(plan.notes),
+        "measured": rates is not None,
+    }
+
+
+def calibrate(query: Mapping[str, str]) -> None:
+    """Measure this machine with the model that the query names, unless that was done before."""
+    calibration.rates_of(_shape(query)[0])
+
+
+def this_machine() -> cost.Machine:
+    """The memory of the machine that ComfyUI runs on."""
+    device = management.compute_device()
+    return cost.Machine(
+        card=management.total_memory(device),
+        host=management.total_memory(copies.cpu()),
+        disk=server.free_disk(),
+        element_bytes=management.compute_dtype(device).itemsize,
+        shared=device.type == "cpu",
+    )
+
+
+def picture(plan: Plan, settings: Settings) -> dict[str, Any]:
+    """Sizes and cuts to draw, in pixels and seconds."""
+    unit = plan.space.spatial * plan.space.patch[1]
+    window = settings.window.clipped(plan.tokens)
+    frames, rows, columns = (
+        [list(cuts(n, w, shifted)) for shifted in (False, True)]
+        for n, w in zip(plan.tokens, window, strict=True)
+    )
+    return {
+        "target": {
+            "width": plan.width,
+            "height": plan.height,
+            "frames": plan.frames,
+            "seconds": plan.frames / plan.fps,
+            "fps": plan.fps,
+        },
+        "proxy": {
+            "width": plan.proxy_width,
+            "height": plan.proxy_height,
+            "frames": plan.proxy_frames,
+            "stride": plan.temporal_stride,
+        },
+        "windows": {
+            "columns": [[c * unit for c in axis] for axis in columns],
+            "rows": [[r * unit for r in axis] for axis in rows],
+            "frames": frames,
+            "latent_frames": plan.tokens.frames,
+        },
+    }
+
+
+def figures(
+    shape: ModelShape,
+    assumed: bool,
+    plan: Plan,
+    settings: Settings,
+    machine: cost.Machine,
+    rates: cost.Rates | None,
+) -> dict[str, Any]:
+    """Rows (label, value) and what will not fit."""
+    element = machine.element_bytes
+    own = settings.window.clipped(plan.tokens).count
+    guide = cost.guide_keys(plan, settings.window, settings.guide_margin)
+    detail = cost.detail_work(shape, plan, settings, element)
+    full = cost.full_attention_work(shape, plan, element)
+    need = cost.memory(shape, plan, settings, machine)
+    rows = [
+        ("Model", f"{shape.name}, assumed until it runs" if assumed else shape.name),
+        ("Target", f"{plan.width} x {plan.height} x {plan.frames}, {plan.tokens.count:,} tokens"),
+        (
+            "Proxy",
+            f"{plan.proxy_width} x {plan.proxy_height} x {plan.proxy_frames}, "
+            f"{plan.proxy_tokens.count:,} tokens",
+        ),
+        ("Keys per query", f"{own:,} + {guide:,} of the guide"),
+        (
+            "Attention work",
+            f"{full.attention / detail.attention:.1f} x less than full attention "
+            f"(a step: {full.flops / detail.flops:.1f} x less)",
+        ),
+        (
+            "Memory" if machine.shared else "Card memory",
+            f"{cost.size(need.card)}, at least {cost.size(need.card_least)}, "
+            f"of {cost.size(machine.card)}",
+        ),
+        ("Host memory", f"{cost.size(need.host)} of {cost.size(machine.host)}"),
+        ("Disk", f"about {cost.size(need.disk)} of {cost.size(machine.disk)} free"),
+        ("Time", _time(shape, plan, settings, machine, rates)),
+    ]
+    found = cost.problems(plan, need, machine)
+    return {"rows": rows, "problems": found, "fits": not found}
+
+
+def _time(
+    shape: ModelShape,
+    plan: Plan,
+    settings: Settings,
+    machine: cost.Machine,
+    rates: cost.Rates | None,
+) -> str:
+    if rates is None:
+        return "being measured on this machine"
+    took = cost.seconds(shape, plan, settings, machine, rates)
+    return (
+        f"about {duration(took.total)}: proxy {duration(took.proxy)}, "
+        f"detail {duration(took.detail)}, decode {duration(took.decode)}"
+    )
+
+
+# --- Which model -----------------------------------------------------------------------------
+
+
+def shape_record(model: Any) -> str:
+    """The shape of a loaded model, as `overview` takes it back in `shape`."""
+    return json.dumps(asdict(shape_of_model(model)))
+
+
+def shape_of_model(model: Any) -> ModelShape:
+    """The sizes of a loaded Wan."""
+    inner = model.model.diffusion_model
+    return _named(
+        ModelShape(
+            models.model_name(model),
+            inner.dim,
+            len(inner.blocks),
+            inner.ffn_dim,
+            inner.in_dim,
+            inner.out_dim,
+            int(model.model_size()),
+        )
+    )
+
+
+def shape_of_file(file: Path) -> ModelShape | None:
+    """The sizes of a Wan from the head of its safetensors file, or None for another file."""
+    try:
+        with file.open("rb") as opened:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            header = json.loads(opened.read(length)) if length < 100 * 2**20 else {}
+    except (OSError, ValueError, struct.error):
+        return None
+    sizes = {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    mark = next((name for name in sizes if name.endswith("head.modulation")), None)
+    if mark is None:
+        return None
+    prefix = mark.removesuffix("head.modulation")
+    try:
+        patch, head = sizes[f"{prefix}patch_embedding.weight"], sizes[f"{prefix}head.head.weight"]
+        layers = {
+            name.split(".")[prefix.count(".") + 1] for name in sizes if ".ffn.0.weight" in name
+        }
+        ffn_dim = sizes[f"{prefix}blocks.0.ffn.0.weight"][0]
+    except (KeyError, IndexError):
+        return None
+    return _named(
+        ModelShape(
+            file.stem,
+            sizes[mark][-1],
+            len(layers),
+            ffn_dim,
+            patch[1],
+            head[0] // 4,
+            file.stat().st_size,
+        )
+    )
+
+
+def _named(shape: ModelShape) -> ModelShape:
+    """The tiny models are told by their sizes; they have a small text and VAE too."""
+    for tiny in (cost.TINY, cost.TINY_RANDOM):
+        if (shape.dim, shape.layers, shape.ffn_dim) == (tiny.dim, tiny.layers, tiny.ffn_dim):
+            return tiny
+    return shape
+
+
+def _shape(query: Mapping[str, str]) -> tuple[ModelShape, bool]:
+    """The model's shape, and whether it had to be assumed."""
+    if record := query.get("shape"):
+        try:
+            return ModelShape(**json.loads(record)), False
+        except (TypeError, ValueError):
+            raise ValueError(f"shape is not a model's shape: {record[:80]}") from None
+    name = query.get("model", "")
+    if name == TINY_NODE:
+        return cost.TINY, False
+    file = server.model_file(name) if name else None
+    found = shape_of_file(file) if file else None
+    return (found, False) if found else (cost.WAN_1_3B, True)
+
+
+# --- How it is sampled -----------------------------------------------------------------------
+
+
+def _settings(query: Mapping[str, str], plan: Plan) -> Settings:
+    """How the graph samples; `auto` is resolved as the attention node does without a recipe."""
+    guided = query.get("guide_lora") == "1"
+    automatic = {"window": "compact", "guide_noise": "clean"} if guided else {}
+    chosen = {
+        name: automatic.get(name, standard) if query.get(name, "auto") == "auto" else query[name]
+        for name, standard in (("window", "trained size"), ("guide_noise", "matched"))
+    }
+    custom = Grid(*(int(_number(query, f"window.{side}", "1")) for side in Grid._fields))
+    window = preset_window(chosen["window"], plan, custom)
+    standard = Settings(window)
+    return Settings(
+        window,
+        query.get("overlap", standard.overlap),
+        chosen["guide_noise"],
+        int(_number(query, "proxy_evaluations", str(standard.proxy_evaluations))),
+        int(_number(query, "detail_evaluations", str(standard.detail_evaluations))),
+        query.get("streamed", "1") == "1",
+        int(_number(query, "guide_margin", "0")),
+    )
+
+
+def _number(query: Mapping[str, str], name: str, standard: str | None = None) -> float:
+    given = query.get(name, standard)
+    try:
+        value = float(given)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is {given!r}; it must be a number.") from None
+    if not math.isfinite(value) or abs(value) > 1e9:
+        raise ValueError(f"{name} is {given}; it must be a finite number.")
+    return value

@@ -1,0 +1,202 @@
+"""A LoRA in the guide stream alone (UltraImageGen's low-resolution LoRA).
+
+A guide LoRA never touches the model: the guide stream runs through a view of it, in which the
+adapted layers are wrapped and all else is the model's own. So the target's tokens see the base
+weights whatever happens, with any dtype, offloading, quantisation or stock LoRA below.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..comfyui import models
+from ..geometry.grid import Grid
+from .files import LoraFile, LowRank, read_lora
+from .recipe import BaseShape
+from .view import with_layers
+
+log = logging.getLogger("atlasvid")
+
+PREFIXES = re.compile(
+    r"^(base_model\.model\.|diffusion_model\.|transformer(_2)?\.|unet\.|model\."
+    r"|lora_unet__?|lora_transformer_|lycoris_)"
+)
+DIFFUSERS_NAMES = {
+    "self_attn.q": "attn1.to_q",
+    "self_attn.k": "attn1.to_k",
+    "self_attn.v": "attn1.to_v",
+    "self_attn.o": "attn1.to_out.0",
+    "cross_attn.q": "attn2.to_q",
+    "cross_attn.k": "attn2.to_k",
+    "cross_attn.v": "attn2.to_v",
+    "cross_attn.o": "attn2.to_out.0",
+    "cross_attn.k_img": "attn2.add_k_proj",
+    "cross_attn.v_img": "attn2.add_v_proj",
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+}
+GUIDE_LAYERS = ("blocks.", "time_embedding.", "time_projection.")
+"""What the guide's tokens pass on their own; text and head are shared with the target."""
+
+
+class LowRankLinear(nn.Module):
+    """A linear layer plus a low-rank change; the layer is called, its weights are not read."""
+
+    def __init__(self, base: nn.Module, change: LowRank, strength: float):
+        super().__init__()
+        self.base = base
+        self.change = change
+        self.scale = change.scale * strength
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        low = F.linear(x, models.cast(self.change.down, x)) * self.scale
+        return self.base(x) + F.linear(low, models.cast(self.change.up, x))
+
+
+# --- Matching with a model ------------------------------------------------------------------
+
+
+def plain_name(layer: str) -> str:
+    """A layer's name without the prefixes that tools put before it, dots as underscores."""
+    while (short := PREFIXES.sub("", layer)) != layer:
+        layer = short
+    return layer.replace(".", "_")
+
+
+def known_names(model: nn.Module) -> dict[str, str]:
+    """Plain names, original and diffusers', of the linear layers that guide tokens pass."""
+    names = {}
+    for name, module in model.named_modules():
+        if not (isinstance(module, nn.Linear) and name.startswith(GUIDE_LAYERS)):
+            continue
+        names[plain_name(name)] = name
+        for own, theirs in DIFFUSERS_NAMES.items():
+            if name.endswith(own):
+                names[plain_name(name.removesuffix(own) + theirs)] = name
+    return names
+
+
+def match(changes: Mapping[str, LowRank], model: nn.Module) -> tuple[dict[str, LowRank], list[str]]:
+    """Changes by the model's names of layers, and the file's names that match none.
+
+    Raises:
+        ValueError: a layer matches by name but has another size.
+    """
+    names = known_names(model)
+    found, lost = {}, []
+    for layer, change in changes.items():
+        name = names.get(plain_name(layer))
+        if name is None:
+            lost.append(layer)
+            continue
+        linear: Any = model.get_submodule(name)
+        given = (change.up.shape[0], change.down.shape[1])
+        if given != (linear.out_features, linear.in_features):
+            raise ValueError(
+                f"The LoRA changes {name} as a layer of {given[1]} inputs and {given[0]} outputs; "
+                f"in this model it has {linear.in_features} and {linear.out_features}. It was "
+                "trained on another base model (1.3B, 5B and 14B do not mix)."
+            )
+        found[name] = change
+    return found, lost
+
+
+@dataclass(frozen=True)
+class GuideLora:
+    """A LoRA for the guide stream, with its strength."""
+
+    file: LoraFile
+    strength: float
+
+    def changes_of(self, model: Any) -> dict[str, LowRank]:
+        """Changes by layer of a WanModel; what does not match is counted in a warning.
+
+        Raises:
+            ValueError: no layer matches, or the base has another shape.
+        """
+        file, recipe = self.file, self.file.recipe
+        if recipe and recipe.base != BaseShape.of(model):
+            raise ValueError(
+                f"{file.name} was trained on a Wan of {recipe.base}; this model has "
+                f"{BaseShape.of(model)}. Load the model that it was trained on."
+            )
+        found, lost = match(file.changes, model)
+        if not found:
+            raise ValueError(
+                f"None of the {len(file.changes)} layers in {file.name} is a layer of this model, "
+                f"for example {lost[0]}. It was made for another kind of model."
+            )
+        if lost or file.unread:
+            log.warning(
+                "Guide LoRA %s: %d of its %d layers are used. Not used: %d layers%s, %d other "
+                "tensors%s.",
+                file.name,
+                len(found),
+                len(file.changes),
+                len(lost),
+                f" (such as {lost[0]})" if lost else "",
+                len(file.unread),
+                f" (such as {file.unread[0]})" if file.unread else "",
+            )
+        return found
+
+    def warn_of_mismatch(
+        self, stride: int, window: Grid, guide_noise: str, guide_weight: float
+    ) -> None:
+        """Say which of the node's settings differ from those that the LoRA was trained with."""
+        recipe = self.file.recipe
+        if recipe is None:
+            return
+        settings = (
+            ("temporal_stride", stride, recipe.temporal_stride),
+            ("window", window, recipe.window or window),
+            ("guide_noise", guide_noise, recipe.guide_noise or guide_noise),
+            ("guide_weight", guide_weight, recipe.trained_guide_weight),
+        )
+        for name, used, trained in settings:
+            if used != trained:
+                log.warning(
+                    "Guide LoRA %s was trained with %s %s and is used with %s; expect less from "
+                    "it, or change that.",
+                    self.file.name,
+                    name,
+                    trained,
+                    used,
+                )
+
+    def view(self, model: Any) -> Any:
+        """The model as the guide stream sees it; `model` itself is not touched."""
+        if self.strength == 0:
+            return model
+        layers = {
+            name: LowRankLinear(model.get_submodule(name), change, self.strength)
+            for name, change in match(self.file.changes, model)[0].items()
+        }
+        return with_layers(model, layers)
+
+
+def load_guide_lora(path: str | Path, strength: float) -> GuideLora:
+    """A LoRA file for the guide stream.
+
+    Raises:
+        ValueError: see `read_lora`; or the file says that it is a proxy LoRA.
+    """
+    file = read_lora(path)
+    if file.recipe and file.recipe.stage != "guide":
+        raise ValueError(
+            f"{file.name} was trained for the {file.recipe.stage}, not for the guide. Load it with "
+            "LoraLoaderModelOnly on the model that samples the proxy."
+        )
+    return GuideLora(file, strength)
