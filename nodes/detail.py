@@ -4,9 +4,10 @@ from comfy_api.latest import io
 
 from ..engine.branch.apply import apply_detail_branch
 from ..engine.branch.attention import BACKENDS
-from ..engine.branch.settings import GUIDE_NOISE, OVERLAPS, preset_guide_noise, preset_window
+from ..engine.branch.settings import GUIDE_NOISE, preset_guide_noise, preset_window
 from ..engine.device.budget import AUTO
 from ..engine.geometry.grid import Grid
+from ..engine.geometry.layout import OVERLAPS
 from ..engine.proxy.latents import require_proxy, upscale_proxy
 from ..engine.proxy.structure import apply_structure_guidance
 from .types import CATEGORY, GuideLoraType, PlanType, memory_budget_input
@@ -191,8 +192,9 @@ class AtlasVidHierarchicalAttention(io.ComfyNode):
         guide_lora=None,
     ) -> io.NodeOutput:
         custom = Grid(*(window.get(side, 1) for side in ("frames", "height", "width")))
-        size = preset_window(window["window"], plan, custom, guide_lora)
-        noise = preset_guide_noise(guide_noise, guide_lora)
+        habits = guide_lora.habits if guide_lora else None
+        size = preset_window(window["window"], plan, custom, habits)
+        noise = preset_guide_noise(guide_noise, habits)
         samples = None if proxy is None else proxy["samples"]
         return io.NodeOutput(
             apply_detail_branch(

@@ -3,8 +3,8 @@
 import torch
 from comfy_api.latest import io
 
-from ..engine.comfyui import models
 from ..engine.estimate.overview import shape_record
+from ..engine.families.family import latent_space
 from ..engine.geometry.plan import MAX_SIDE, MAX_STRIDE, MIN_SIDE, make_plan
 from .types import CATEGORY, PlanType
 
@@ -86,7 +86,7 @@ class AtlasVidPlan(io.ComfyNode):
     def execute(
         cls, model, width, height, seconds, fps, proxy_short_side, temporal_stride
     ) -> io.NodeOutput:
-        space = models.latent_space(model)
+        space = latent_space(model)
         plan = make_plan(space, width, height, seconds, fps, proxy_short_side, temporal_stride)
         empty = torch.zeros(1, space.channels, *plan.proxy_latent)
         return io.NodeOutput(

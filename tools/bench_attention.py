@@ -128,7 +128,7 @@ class Forward:
     ):
         import torch
         from atlasvid.engine.branch.apply import apply_detail_branch
-        from atlasvid.engine.comfyui import management, models
+        from atlasvid.engine.comfyui import management
         from atlasvid.engine.geometry.grid import Grid
         from atlasvid.engine.geometry.plan import Plan
         from atlasvid.engine.geometry.windows import COMPACT
@@ -137,7 +137,9 @@ class Forward:
         device = management.use_on_device(self.patcher)
         f, h, w = grid
         guide = ((f - 1) // STRIDE + 1, h // 4, w // 4)
-        space = models.latent_space(self.patcher)
+        from atlasvid.engine.families.family import latent_space
+
+        space = latent_space(self.patcher)
         pixels = 2 * space.spatial
         self.plan = Plan(
             width=w * pixels,

@@ -64,6 +64,7 @@ def measure_case(case: int, rounds: int) -> dict[str, Any]:
     from atlasvid.engine.comfyui import management, models
     from atlasvid.engine.estimate import calibration, cost
     from atlasvid.engine.families import tiny
+    from atlasvid.engine.families.family import latent_space
     from atlasvid.engine.geometry import grid, plan
 
     dim, ffn_dim, layers, target, small, preset, noise = CASES[case]
@@ -72,7 +73,7 @@ def measure_case(case: int, rounds: int) -> dict[str, Any]:
     config = {"dim": dim, "ffn_dim": ffn_dim, "num_heads": dim // 128, "num_layers": layers}
     model = models.load_diffusion_model(tiny.wan_state(0, **config))
     inner = model.model.diffusion_model.to(device, dtype)
-    what = plan_of(models.latent_space(model), target, small, plan.Plan)
+    what = plan_of(latent_space(model), target, small, plan.Plan)
     window = preset_window(preset, what, grid.Grid(1, 1, 1))
     patched = apply_detail_branch(model, what, torch.randn(1, 16, *small), window, noise)
     options = {"wrappers": patched.wrappers}
@@ -86,7 +87,7 @@ def measure_case(case: int, rounds: int) -> dict[str, Any]:
             inner(x, step, text, transformer_options=dict(options)).float().sum().item()
         return time.perf_counter() - start
 
-    shape = cost.ModelShape("small", dim, layers, ffn_dim)
+    shape = cost.ModelShape(dim, ffn_dim, layers, name="small")
     settings = cost.Settings(window, guide_noise=noise)
     forward()
     times, found = [], []

@@ -54,14 +54,15 @@ class Pipeline:
 
     def __init__(self, shape: str, width: int, height: int, seconds: float, short_side: int):
         import torch
-        from atlasvid.engine.comfyui import media, models
+        from atlasvid.engine.comfyui import media
         from atlasvid.engine.families import tiny
+        from atlasvid.engine.families.family import latent_space
         from atlasvid.engine.geometry.plan import make_plan
         from bench_attention import SHAPES
 
         self.model = SHAPES[shape].load()
         self.vae = media.load_vae(tiny.vae_state(dim=8 if shape == "tiny" else 96))
-        space = models.latent_space(self.model)
+        space = latent_space(self.model)
         self.plan = make_plan(space, width, height, seconds, 16.0, short_side, 4)
         self.conditioning = [[[torch.randn(1, 512, 4096), {}]] for _ in range(2)]
 

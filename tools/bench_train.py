@@ -74,7 +74,7 @@ def run_one(shape: str, grid: list[int]) -> dict[str, Any]:
 def prepare(shape: str, grid: list[int], folder: Path) -> tuple[Any, Any]:
     """A trainer of a model of one shape, and a dataset of one random sample."""
     import torch
-    from atlasvid.engine.comfyui import models
+    from atlasvid.engine.families.family import latent_space
     from atlasvid.engine.geometry.plan import Plan
     from atlasvid.engine.geometry.windows import COMPACT
     from atlasvid.engine.training.cache import Dataset
@@ -82,7 +82,7 @@ def prepare(shape: str, grid: list[int], folder: Path) -> tuple[Any, Any]:
     from atlasvid.engine.training.trainer import Trainer, TrainSettings
 
     model = SHAPES[shape].load()
-    space = models.latent_space(model)
+    space = latent_space(model)
     f, h, w = grid
     pixels = 2 * space.spatial
     plan = Plan(

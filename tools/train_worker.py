@@ -62,7 +62,7 @@ def one_of_many(options: Any) -> Any:
 def run(options: Any, accelerator: Any, first: bool) -> None:
     """Encode and train; the first process says how it goes."""
     from atlasvid.engine.branch.settings import preset_window
-    from atlasvid.engine.comfyui import models
+    from atlasvid.engine.families.family import latent_space
     from atlasvid.engine.geometry.plan import make_plan
     from atlasvid.engine.geometry.windows import COMPACT
     from atlasvid.engine.training.clips import clips_in_folder
@@ -74,7 +74,7 @@ def run(options: Any, accelerator: Any, first: bool) -> None:
     model, text_encoder, vae = load_models(options)
     proxy = options.stage == "proxy"
     plan = make_plan(
-        models.latent_space(model),
+        latent_space(model),
         options.width,
         options.height,
         options.seconds or (20.0 if proxy else 5.0),

@@ -10,15 +10,18 @@ from torch import Tensor
 
 from ..comfyui import management, models
 from ..device.budget import AUTO, parse_budget
+from ..families.family import Family, family_of
 from ..geometry.grid import Grid
+from ..geometry.layout import OVERLAPS, Layout
 from ..geometry.plan import Plan
+from ..geometry.space import LatentSpace
 from ..lora.guide import GuideLora
 from ..proxy.latents import require_proxy
 from .attention import override_for
-from .forward import DetailForward, workload
+from .forward import DetailForward
 from .memory import room_to_ask_for
 from .run import KEY, open_run, run_of
-from .settings import GUIDE_NOISE, OVERLAPS, DetailSettings, preset_guide_weight, require_choice
+from .settings import GUIDE_NOISE, DetailSettings, preset_guide_weight, require_choice
 
 
 def apply_detail_branch(
@@ -59,7 +62,8 @@ def apply_detail_branch(
         ValueError: unsupported model, another latent space than the plan's, a proxy or a guide
             LoRA that does not match the plan or the model, or a value that is not allowed.
     """
-    _require_same_space(model, plan)
+    family = family_of(model)
+    _require_same_space(family.latent_space(model), plan)
     require_choice("overlap", overlap, OVERLAPS)
     require_choice("guide_noise", guide_noise, GUIDE_NOISE)
     if start_percent > end_percent:
@@ -68,23 +72,24 @@ def apply_detail_branch(
         )
     if guide_margin < 0:
         raise ValueError(f"guide_margin is {guide_margin}; give 0 or more guide tokens.")
-    keys = plan.keys_per_query(window, guide_margin)
-    weight = preset_guide_weight(guide_weight, guide_lora, *keys)
+    layout = Layout(plan, window, overlap, guide_margin)
+    habits = guide_lora.habits if guide_lora else None
+    weight = preset_guide_weight(guide_weight, habits, *layout.keys)
     if proxy is not None:
         require_proxy(proxy, plan)
         proxy = models.process_latent_in(model, proxy.cpu().float())
     if guide_lora is not None:
         if proxy is None:
             raise ValueError("A guide LoRA acts on the guide: connect the sampled proxy too.")
-        guide_lora.changes_of(model.model.diffusion_model)
+        net = model.model.diffusion_model
+        guide_lora.require_base(family.shape(net))
+        guide_lora.changes_of(net)
         guide_lora.warn_of_mismatch(plan.temporal_stride, window, guide_noise, weight)
     override_for(attention, model.load_device)  # a kernel that is not installed is refused here
     if weight == 0:  # what nobody reads need not be computed
         proxy = guide_lora = None
     settings = DetailSettings(
-        plan=plan,
-        window=window.clipped(plan.tokens),
-        overlap=overlap,
+        layout=layout,
         guide_noise=guide_noise,
         proxy=proxy,
         sigma_start=models.percent_to_sigma(model, start_percent),
@@ -94,9 +99,8 @@ def apply_detail_branch(
         keep_blocks=keep_blocks,
         guide_lora=guide_lora,
         guide_weight=weight,
-        guide_margin=guide_margin,
     )
-    branch, clone = DetailBranch(settings), model.clone()
+    branch, clone = DetailBranch(family, settings), model.clone()
     for kind, wrapper in (
         (models.Wrappers.PREPARE_SAMPLING, branch.prepare),
         (
@@ -113,64 +117,41 @@ def apply_detail_branch(
 class DetailBranch:
     """What stands around a model's forward, and around the loading of its weights."""
 
-    def __init__(self, settings: DetailSettings):
+    def __init__(self, family: Family, settings: DetailSettings):
+        self.family = family
         self.settings = settings
 
     def forward(
         self, executor: Any, x: Tensor, timestep: Tensor, context: Tensor, *args: Any, **kw: Any
     ) -> Tensor:
         """DIFFUSION_MODEL wrapper: the windowed forward in the part of sampling it is for."""
-        clip_fea, time_dim_concat, options, extra = _split(args, kw)
-        if not self.settings.is_active(options.get("sigmas")):
+        given = self.family.conditioning(context, args, kw)
+        if not self.settings.is_active(given.options.get("sigmas")):
             return executor(x, timestep, context, *args, **kw)
-        _require_plain(time_dim_concat, extra)
-        branch = DetailForward(executor.class_obj, self.settings, run_of(options), options)
-        return branch(x, timestep, context, clip_fea)
+        given.require_known()
+        run, net = run_of(given.options), executor.class_obj
+        branch = DetailForward(net, self.family, self.settings, run, given.options)
+        return branch(x, timestep, given)
 
     def prepare(self, executor: Any, patcher: Any, noise_shape: Any, *args: Any, **kw: Any) -> Any:
         """PREPARE_SAMPLING wrapper: loads weights beside what this forward needs, no more."""
         settings = self.settings
         if not settings.is_always_active:
             return executor(patcher, noise_shape, *args, **kw)
-        inner = patcher.model.diffusion_model
+        shape = self.family.shape(patcher.model.diffusion_model)
         itemsize = management.inference_itemsize(patcher)
-        work = workload(settings, inner, noise_shape[0], itemsize, keep_guide=True)
-        wanted = room_to_ask_for(
-            work, 4 * math.prod(noise_shape), management.beside_weights(patcher)
-        )
+        work = settings.workload(shape, itemsize, noise_shape[0], keep_guide=True)
+        latent = 4 * math.prod(noise_shape)
+        wanted = room_to_ask_for(work, latent, management.beside_weights(patcher))
         if settings.budget is not None:
             wanted = min(wanted, settings.budget)
         return executor(patcher, management.noise_shape_for(patcher, wanted), *args, **kw)
 
 
-def _require_same_space(model: Any, plan: Plan) -> None:
-    space = models.latent_space(model)
+def _require_same_space(space: LatentSpace, plan: Plan) -> None:
     if space != plan.space:
         raise ValueError(
             f"The plan was made for a model with {plan.space.channels}-channel latents at 1/"
             f"{plan.space.spatial} size; this model has {space.channels} channels at 1/"
             f"{space.spatial}. Connect the same model to the plan."
-        )
-
-
-def _split(args: tuple, kwargs: dict) -> tuple[Any, Any, dict, dict]:
-    """clip_fea, time_dim_concat, transformer_options and the rest of WanModel.forward's inputs."""
-    named = dict(zip(("clip_fea", "time_dim_concat", "transformer_options"), args, strict=False))
-    extra = {**kwargs, **named}
-    return (
-        extra.pop("clip_fea", None),
-        extra.pop("time_dim_concat", None),
-        extra.pop("transformer_options", {}),
-        extra,
-    )
-
-
-def _require_plain(time_dim_concat: Tensor | None, extra: dict) -> None:
-    given = [k for k in ("reference_latent", "context_latents") if extra.get(k) is not None]
-    if time_dim_concat is not None:
-        given.append("time_dim_concat")
-    if given:
-        raise ValueError(
-            f"The detail branch does not know the conditioning {', '.join(given)}. Use plain text "
-            "or WanImageToVideo conditioning, or give that conditioning to the proxy only."
         )

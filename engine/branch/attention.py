@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..comfyui import management, models
+from ..device.copies import log
 
 AUTO = "auto"
 BACKENDS = (AUTO, "pytorch", "sage", "flash", "xformers")
@@ -74,7 +74,7 @@ def say_if_passed_over(backend: str, options: dict) -> None:
 
 @cache
 def _say_passed_over(name: str | None) -> None:
-    logging.warning(
+    log.warning(
         "AtlasVid: windows use PyTorch's attention, as %s cannot weight the guide's keys; with "
         "guide_weight 1 it is used",
         name,
@@ -110,12 +110,12 @@ def _is_right(
     except Exception as error:
         if management.is_out_of_memory(error):
             raise
-        logging.warning("AtlasVid: %s attention failed (%s); using PyTorch's", name, error)
+        log.warning("AtlasVid: %s attention failed (%s); using PyTorch's", name, error)
         return False
     error = float((given - expected).abs().mean() / expected.abs().mean().clamp(min=1e-12))
     if error <= TOLERANCE:  # false for NaN
         return True
-    logging.warning(
+    log.warning(
         "AtlasVid: %s attention is wrong on this card (relative error %.2g); using PyTorch's",
         name,
         error,

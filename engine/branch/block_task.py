@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -10,13 +10,16 @@ from torch import Tensor
 
 from ..comfyui import models
 from ..device import copies
-from ..device.chunks import ChunkSize
 from ..device.tokens import Tokens
-from ..families import wan
+from ..families.family import Modulation, Text
 from ..geometry.grid import Grid
+from .evaluation import Evaluation, per_token
 from .ring import Ring
 from .sparsity import keep_blocks
 from .weighted import weighted_attention
+
+Pair = tuple[Tensor, Tensor]
+"""Keys and values."""
 
 
 @dataclass(frozen=True)
@@ -25,42 +28,32 @@ class BlockTask:
 
     Args:
         tokens: of the item, in raster order.
-        grid: F, h, w.
+        text: of the item.
         guide: unrotated keys and values of the guide [L_g, C], or None.
-        chunk: tokens to evaluate at a time.
         ring: what sliding windows need.
-        guide_weight: how often each of the guide's keys counts, above 0.
     """
 
+    ev: Evaluation
     block: Any
     tokens: Tokens
-    grid: Grid
-    modulation: wan.Modulation
-    text: wan.Text
-    guide: tuple[Tensor, Tensor] | None
-    heads: int
-    options: dict
-    chunk: ChunkSize
-    device: torch.device
-    keep_blocks: int = 0
-    parts: wan.Parts = field(default_factory=wan.Parts)
+    modulation: Modulation
+    text: Text
+    guide: Pair | None
     ring: Ring | None = None
-    guide_weight: float = 1.0
 
-    def read(self, index: Tensor) -> tuple[Tensor, wan.Modulation]:
+    def read(self, index: Tensor) -> tuple[Tensor, Modulation]:
         """Tokens [1, n, C] at raster indices [n], and their modulation."""
         return self.tokens.read(index)[None], self.modulation_of(index)
 
-    def modulation_of(self, index: Tensor) -> wan.Modulation:
+    def modulation_of(self, index: Tensor) -> Modulation:
         """The modulation of tokens at raster indices [n]."""
         if not self.modulation.per_frame:
             return self.modulation
-        frames = index // (self.grid.height * self.grid.width)
-        return self.modulation.of_tokens(copies.index_on(frames, self.device))
+        grid = self.ev.plan.tokens
+        frames = index // (grid.height * grid.width)
+        return self.modulation.of_tokens(copies.index_on(frames, self.ev.device))
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, size: Grid, guide: tuple[Tensor, Tensor] | None
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, size: Grid, guide: Pair | None) -> Tensor:
         """Attention of windows: one softmax over a window's keys and its aligned guide keys.
 
         Args:
@@ -71,28 +64,27 @@ class BlockTask:
         Returns:
             [1, n * L, C].
         """
-        if self.keep_blocks:
-            k, v = keep_blocks(q, k, v, self.heads, size, self.keep_blocks)
-        patches = self.options.get("patches", {}).get("attn1_patch", ())
-        if guide is not None and self.guide_weight != 1:
-            out = weighted_attention(q, k, v, guide, self.heads, self.guide_weight)
+        settings, options, heads = self.ev.settings, self.ev.options, self.ev.heads
+        if settings.keep_blocks:
+            k, v = keep_blocks(q, k, v, heads, size, settings.keep_blocks)
+        patches = options.get("patches", {}).get("attn1_patch", ())
+        if guide is not None and settings.guide_weight != 1:
+            out = weighted_attention(q, k, v, guide, heads, settings.guide_weight)
             if patches:
                 k = torch.cat([k, guide[0]], dim=1)
         else:
             if guide is not None:
                 k, v = torch.cat([k, guide[0]], dim=1), torch.cat([v, guide[1]], dim=1)
-            out = models.attention(q, k, v, self.heads, self.options)
+            out = models.attention(q, k, v, heads, options)
         for patch in patches:
-            out = patch({"x": out, "q": q, "k": k, "transformer_options": self.options})
+            out = patch({"x": out, "q": q, "k": k, "transformer_options": options})
         return out.reshape(1, -1, out.shape[-1])
 
-    def finish(
-        self, x: Tensor, attended: Tensor, modulation: wan.Modulation, index: Tensor
-    ) -> None:
+    def finish(self, x: Tensor, attended: Tensor, rows: Modulation, index: Tensor) -> None:
         """The rest of the block for tokens x [1, n, C] at `index`, written back at the end."""
-        x = wan.attention_output(self.block, x, attended, modulation)
+        x = self.ev.family.attention_output(self.block, x, attended, rows)
         del attended
-        wan.per_token(self.block, x, modulation, self.text, self.options, self.chunk, self.parts)
+        per_token(self.ev, self.block, x, rows, self.text)
         self.tokens.write(index, x[0])
 
 

@@ -6,14 +6,16 @@ choices are used for what is worth compiling, and the loops run as they are.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..comfyui import management
-from ..families import wan
+from ..device.copies import log
+from ..families.family import Family
 
 
 class Compiled:
@@ -30,7 +32,7 @@ class Compiled:
             except Exception as error:
                 if management.is_out_of_memory(error) or management.is_cancelled(error):
                     raise
-                logging.warning(
+                log.warning(
                     "AtlasVid: torch.compile failed for %s, which now runs without: %s",
                     self.function.__name__,
                     str(error).strip().partition("\n")[0] or type(error).__name__,
@@ -39,15 +41,23 @@ class Compiled:
         return self.function(*args)
 
 
-def parts_of(choices: dict[str, Any] | None) -> wan.Parts:
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a block that can be exchanged for compiled ones."""
+
+    queries: Callable[..., Tensor]
+    keys: Callable[..., Tensor]
+    feed_forward: Callable[..., Tensor]
+
+
+def parts_of(family: Family, choices: dict[str, Any] | None) -> Parts:
     """The parts of a block, compiled with torch.compile's `choices` unless they are None.
 
     Not by `cudagraphs`, which wants one length and writes each result over the one before.
     """
+    parts = family.queries, family.keys, family.feed_forward
     if choices is None or choices["backend"] == "cudagraphs":
-        return wan.Parts()
+        return Parts(*parts)
     if choices.get("dynamic") is None:  # chunks differ in length
         choices = {**choices, "dynamic": True}
-    return wan.Parts(
-        *(Compiled(part, choices) for part in (wan.queries, wan.keys, wan.feed_forward))
-    )
+    return Parts(*(Compiled(part, choices) for part in parts))

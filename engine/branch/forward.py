@@ -1,4 +1,4 @@
-"""A Wan forward with windowed attention guided by the proxy (method: stage 2).
+"""A forward with windowed attention guided by the proxy (method: stage 2).
 
 The target tokens of a video are one tensor [F * h * w, C] that every block updates in place, on the
 device or in host memory; nothing else has the grid's length.
@@ -14,127 +14,136 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..comfyui import management, models
-from ..device.chunks import ChunkSize, in_chunks
+from ..comfyui import management
+from ..device.chunks import ChunkSize
 from ..device.tokens import DeviceTokens, HostTokens, Tokens
-from ..families import wan
-from ..geometry.windows import ShiftedWindows, SlidingWindows
+from ..families.family import Family
+from ..families.rotations import RopeAxes
+from ..geometry.layout import Layout
+from ..geometry.windows import SlidingWindows
 from ..proxy.latents import require_shape
 from .attention import override_for, say_if_passed_over
-from .block_task import BlockTask, WindowAttention
+from .block_task import BlockTask, Pair, WindowAttention
+from .compiled import parts_of
+from .ends import embed, head
+from .evaluation import Evaluation
 from .guide import GuideStream
-from .memory import CPU_CHUNK, CUDA_CHUNK, MemoryPlan, Workload, plan_memory
+from .memory import CPU_CHUNK, CUDA_CHUNK, MemoryPlan, plan_memory
 from .ring import Ring
-from .rotations import RopeAxes
 from .run import SamplingRun
 from .settings import DetailSettings
 from .shifted import ShiftedAttention
 from .sliding import SlidingAttention
 
 
-def workload(
-    settings: DetailSettings, model: Any, batch: int, itemsize: int, keep_guide: bool
-) -> Workload:
-    """The sizes of one forward over `batch` videos."""
-    plan, window = settings.plan, settings.window
-    guided = settings.proxy is not None
-    ring = SlidingWindows(plan.tokens, window).ring.count if settings.overlap == "sliding" else 0
-    return Workload(
-        dim=model.dim,
-        ffn_dim=model.ffn_dim,
-        layers=len(model.blocks),
-        itemsize=itemsize,
-        tokens=batch * plan.tokens.count,
-        guide_tokens=batch * plan.proxy_tokens.count if guided else 0,
-        ring_tokens=ring,
-        window_keys=sum(plan.keys_per_query(window, settings.guide_margin)),
-        keep_guide=keep_guide and settings.guide_noise == "clean",
-    )
+def attention_of(layout: Layout, guided: bool, rope: RopeAxes) -> WindowAttention:
+    """The way of cutting the grid that the artist chose."""
+    windows, alignment = layout.windows, layout.alignment if guided else None
+    if isinstance(windows, SlidingWindows):
+        return SlidingAttention(windows, alignment, rope)
+    return ShiftedAttention(windows, alignment, rope)
 
 
 class DetailForward:
-    """One evaluation of the model: the target tokens by windows, the guide stream beside them."""
+    """Evaluates the model for a run: the target tokens by windows, the guide stream beside them."""
 
-    def __init__(self, model: Any, settings: DetailSettings, run: SamplingRun, options: dict):
-        self.model = model
+    def __init__(
+        self, net: Any, family: Family, settings: DetailSettings, run: SamplingRun, options: dict
+    ):
+        self.net = net
+        self.family = family
         self.settings = settings
         self.run = run
         self.options = dict(options)
-        self.plan = settings.plan
-        self.attention = run.once(("attention", id(settings)), self._attention)
+        self.attention = run.once(
+            ("attention", id(settings)),
+            lambda: attention_of(
+                settings.layout,
+                settings.guided,
+                family.rotations(net, self.options.get("rope_options") or {}),
+            ),
+        )
 
-    def __call__(
-        self, x: Tensor, timestep: Tensor, context: Tensor, clip_fea: Tensor | None
-    ) -> Tensor:
+    def __call__(self, x: Tensor, timestep: Tensor, given: Any) -> Tensor:
         """x [B, C_in, T, H, W], timestep [B] or [B, T] -> the output [B, C_out, T, H, W].
+
+        Args:
+            given: the family's conditioning.
 
         Raises:
             ValueError: the latent's size is not the plan's.
         """
+        plan = self.settings.plan
         require_shape(
-            x[:, : self.plan.space.channels],
-            self.plan.latent,
-            self.plan.space.channels,
+            x[:, : plan.space.channels],
+            plan.latent,
+            plan.space.channels,
             "target",
             "Start the detail sampler from the AtlasVid Detail Latent of the same plan; context "
             "windows and area conditioning, which cut the latent, cannot be used with it.",
         )
         self._set_options(x)
-        memory = self.run.once(("memory", id(self.settings), len(x)), lambda: self._plan_memory(x))
-        chunk = self.run.once(("chunk", id(self.settings), len(x)), lambda: ChunkSize(memory.chunk))
-        e, e0 = models.time_embedding(self.model, timestep, x.dtype)
-        text = self._text(context, clip_fea)
+        ev = self._evaluation(x, timestep, given)
+        e, e0 = self.family.time_embedding(self.net, timestep, x.dtype)
         with ExitStack() as stack:
-            ring = self._ring(x, memory, stack)
+            ring = self._ring(ev, stack)
             if ring is not None and ring.index_device != x.device:
-                chunk.ahead = 1  # the keys that a chunk reads are many times its tokens
-            tokens, whole = self._store(x, memory, stack)
-            self._embed(x, tokens, chunk)
-            guide = None
-            if self.settings.proxy is not None:
-                guide = GuideStream(
-                    self.model,
-                    self.settings,
-                    self.run,
-                    self.options,
-                    memory,
-                    chunk,
-                    x,
-                    timestep,
-                    text,
-                )
+                ev.chunk.stay_close()  # the keys that a chunk reads are many times its tokens
+            tokens, whole = self._store(ev, stack)
+            embed(ev, tokens)
+            guide = GuideStream(ev) if self.settings.guided else None
             keys_of_blocks = guide.keys_of_blocks() if guide else repeat(None)
             keys = None
             guide_phase = "guide" if guide and not guide.is_kept else "detail"
             progress = self._progress()
-            for i in range(len(self.model.blocks)):
+            for i in range(len(self.family.blocks(self.net))):
                 self.options["block_index"] = i
                 progress.at_block(i, guide_phase)
                 del keys  # before those of the next block are made
                 keys = next(keys_of_blocks)
                 progress.at_block(i, "detail")
+                tasks = self._tasks(ev, i, tokens, e0, keys, ring)
                 if whole is not None and ("double_block", i) in self._replacements():
-                    whole.copy_(self._replaced(i, whole, e0, text, keys, chunk, ring))
+                    whole.copy_(self._replaced(i, whole, e0, tasks))
                 else:
-                    self._block(i, tokens, e0, text, keys, chunk, ring)
+                    self._block(i, tasks)
                 if whole is not None:
                     self._patch(i, whole, x, e)
-            return self._head(tokens, e, x, chunk)
+            return head(ev, tokens, e)
 
     def _set_options(self, x: Tensor) -> None:
         """What the stock forward tells other nodes' patches."""
-        self.options["grid_sizes"] = torch.Size(self.plan.tokens)
-        self.options["total_blocks"] = len(self.model.blocks)
+        settings = self.settings
+        self.options["grid_sizes"] = torch.Size(settings.plan.tokens)
+        self.options["total_blocks"] = len(self.family.blocks(self.net))
         self.options["block_type"] = "double"
-        if self.settings.proxy is not None and self.settings.guide_weight != 1:
-            say_if_passed_over(self.settings.attention, self.options)
-        override = override_for(self.settings.attention, x.device)
+        if settings.guided and settings.guide_weight != 1:
+            say_if_passed_over(settings.attention, self.options)
+        override = override_for(settings.attention, x.device)
         if override is not None:
             self.options.setdefault("optimized_attention_override", override)
 
+    def _evaluation(self, x: Tensor, timestep: Tensor, given: Any) -> Evaluation:
+        settings, once = self.settings, self.run.once
+        memory = once(("memory", id(settings), len(x)), lambda: self._plan_memory(x))
+        return Evaluation(
+            net=self.net,
+            family=self.family,
+            settings=settings,
+            run=self.run,
+            options=self.options,
+            x=x,
+            timestep=timestep,
+            text=self.family.text(self.net, given),
+            parts=once(("parts",), lambda: parts_of(self.family, self.run.compile_choices)),
+            memory=memory,
+            chunk=once(("chunk", id(settings), len(x)), lambda: ChunkSize(memory.chunk)),
+        )
+
     def _plan_memory(self, x: Tensor) -> MemoryPlan:
         """Decided in a run's first forward, before what it keeps is counted as taken."""
-        work = workload(self.settings, self.model, len(x), x.element_size(), self.run.keep_guide)
+        shape = self.family.shape(self.net)
+        work = self.settings.workload(shape, x.element_size(), len(x), self.run.keep_guide)
         if len(self.options.get("cond_or_uncond", ())) == 1:  # the other one keeps a guide too
             work = replace(work, conditionings=2)
         free = management.free_memory(x.device, self.run.model)
@@ -145,31 +154,30 @@ class DetailForward:
         most = CUDA_CHUNK if x.is_cuda else CPU_CHUNK
         return plan_memory(work, share, management.host_free_memory(), most)
 
-    def _store(
-        self, x: Tensor, memory: MemoryPlan, stack: ExitStack
-    ) -> tuple[list[Tokens], Tensor | None]:
+    def _store(self, ev: Evaluation, stack: ExitStack) -> tuple[list[Tokens], Tensor | None]:
         """The tokens of every video, and all of them as one tensor where that exists."""
-        shape = len(x), self.plan.tokens.count, self.model.dim
+        shape = len(ev.x), ev.plan.tokens.count, self.family.shape(self.net).dim
         patched = self._replacements() or self._patches()
         whole = None
         if patched:  # other nodes' patches want one tensor
-            whole = x.new_empty(shape)
-        elif memory.tokens_on_device:
-            whole = management.empty_if_it_fits(x, shape)
+            whole = ev.x.new_empty(shape)
+        elif ev.memory.tokens_on_device:
+            whole = management.empty_if_it_fits(ev.x, shape)
         if whole is not None:
             return [DeviceTokens(item) for item in whole], whole
-        return self._in_host_memory(x, shape, stack), None
+        return self._in_host_memory(ev.x, shape, stack), None
 
-    def _ring(self, x: Tensor, memory: MemoryPlan, stack: ExitStack) -> Ring | None:
+    def _ring(self, ev: Evaluation, stack: ExitStack) -> Ring | None:
         """What sliding windows keep of a block's keys and values."""
         if not isinstance(self.attention, SlidingAttention):
             return None
         grid = self.attention.windows.ring
-        shape = 2, grid.count, self.model.dim
-        pair = management.empty_if_it_fits(x, shape) if memory.ring_on_device else None
+        shape = 2, grid.count, self.family.shape(self.net).dim
+        fits = ev.memory.ring_on_device
+        pair = management.empty_if_it_fits(ev.x, shape) if fits else None
         if pair is not None:
             return Ring(grid, DeviceTokens(pair[0]), DeviceTokens(pair[1]))
-        return Ring(grid, *self._in_host_memory(x, shape, stack))
+        return Ring(grid, *self._in_host_memory(ev.x, shape, stack))
 
     def _in_host_memory(
         self, x: Tensor, shape: tuple[int, int, int], stack: ExitStack
@@ -191,86 +199,62 @@ class DetailForward:
     def _progress(self) -> Any:
         sigmas, schedule = self.options.get("sigmas"), self.options.get("sample_sigmas")
         known = () if schedule is None else tuple(schedule.tolist())
-        progress = self.run.progress(known, len(self.model.blocks), self.plan.tokens.count)
+        blocks = len(self.family.blocks(self.net))
+        progress = self.run.progress(known, blocks, self.settings.plan.tokens.count)
         progress.begin_forward(0.0 if sigmas is None else float(sigmas.max()))
         return progress
 
-    def _rows(self, f: int, top: int, bottom: int, tokens: list[Tokens]) -> Tensor:
-        """Raster indices of rows `top` to `bottom` of one latent frame's tokens."""
-        _, h, w = self.plan.tokens
-        first = (f * h + top) * w
-        return torch.arange(first, first + (bottom - top) * w, device=tokens[0].index_device)
-
-    def _embed(self, x: Tensor, tokens: list[Tokens], chunk: ChunkSize) -> None:
-        """Fill the tokens from the latent [B, C_in, T, H, W], some rows of a frame at a time."""
-        patch = self.plan.space.patch
-        frames, h, w = self.plan.tokens
-        for f in range(frames):
-            frame = models.pad_to_patch(x[:, :, f : f + 1], patch)
-
-            def embed(top: int, bottom: int, f: int = f, frame: Tensor = frame) -> None:
-                rows = frame[..., top * patch[1] : bottom * patch[1], :]
-                embedded = self.model.patch_embedding(rows.float()).to(x.dtype)
-                index = self._rows(f, top, bottom, tokens)
-                for store, values in zip(tokens, embedded.flatten(2).transpose(1, 2), strict=True):
-                    store.write(index, values)
-
-            in_chunks(range(w, h * w + 1, w), chunk, embed)
-        for store in tokens:
-            store.settle()
-
-    def _head(self, tokens: list[Tokens], e: Tensor, x: Tensor, chunk: ChunkSize) -> Tensor:
-        """The output latent [B, C_out, T, H, W], some rows of a frame at a time."""
-        _, ph, pw = self.plan.space.patch
-        frames, h, w = self.plan.tokens
-        height, width = x.shape[-2:]
-        channels = self.model.out_dim
-        out = x.new_empty((len(x), channels, *x.shape[2:]))
-        for f in range(frames):
-
-            def head(top: int, bottom: int, f: int = f) -> None:
-                index = self._rows(f, top, bottom, tokens)
-                for item, store in enumerate(tokens):
-                    rows = e[item : item + 1, f : f + 1] if e.shape[1] > 1 else e[item : item + 1]
-                    patch = self.model.head(store.read(index)[None], rows)
-                    patch = patch.view(bottom - top, w, ph, pw, channels).permute(4, 0, 2, 1, 3)
-                    patch = patch.reshape(channels, (bottom - top) * ph, w * pw)
-                    place = slice(top * ph, min(bottom * ph, height))
-                    out[item, :, f, place] = patch[:, : height - top * ph, :width]
-
-            in_chunks(range(w, h * w + 1, w), chunk, head)
-        return out
-
-    def _text(self, context: Tensor, clip_fea: Tensor | None) -> wan.Text:
-        context = self.model.text_embedding(context)
-        if clip_fea is None:
-            return wan.Text(context, None)
-        if self.model.img_emb is not None:
-            context = torch.cat([self.model.img_emb(clip_fea), context], dim=1)
-        return wan.Text(context, clip_fea.shape[-2])
-
-    def _replaced(
+    def _tasks(
         self,
+        ev: Evaluation,
         i: int,
-        whole: Tensor,
+        tokens: list[Tokens],
         e0: Tensor,
-        text: wan.Text,
-        guide_keys: tuple[Tensor, Tensor] | None,
-        chunk: ChunkSize,
+        keys: Pair | None,
         ring: Ring | None,
-    ) -> Tensor:
+    ) -> list[BlockTask]:
+        """Block number i on every item. Six parameters: each is one thing that a block reads."""
+        block = self.family.blocks(self.net)[i]
+        return [
+            BlockTask(
+                ev,
+                block,
+                store,
+                self.family.modulation(block, e0[item]),
+                ev.text.of(item),
+                None if keys is None else (keys[0][item], keys[1][item]),
+                ring,
+            )
+            for item, store in enumerate(tokens)
+        ]
+
+    def _block(self, i: int, tasks: list[BlockTask]) -> None:
+        """Block number i in place on the tokens of every video."""
+        for task in tasks:
+            self.attention.evaluate(task, i)
+            task.tokens.settle()
+
+    def _replaced(self, i: int, whole: Tensor, e0: Tensor, tasks: list[BlockTask]) -> Tensor:
         """A block that another node replaced, with ours as the original that it may call."""
+        ev, block = tasks[0].ev, tasks[0].block
 
         def original(args: dict) -> dict:
-            out = args["img"].clone()
-            own = wan.Text(args["txt"], text.image_tokens)
-            tokens: list[Tokens] = [DeviceTokens(item) for item in out]
-            self._block(i, tokens, args["vec"], own, guide_keys, chunk, ring)
+            out, text = args["img"].clone(), ev.text.with_tokens(args["txt"])
+            own = [
+                replace(
+                    task,
+                    tokens=DeviceTokens(item),
+                    modulation=self.family.modulation(block, args["vec"][n]),
+                    text=text.of(n),
+                )
+                for n, (task, item) in enumerate(zip(tasks, out, strict=True))
+            ]
+            self._block(i, own)
             return {"img": out}
 
         args = {
             "img": whole.clone(),
-            "txt": text.tokens,
+            "txt": ev.text.tokens,
             "vec": e0,
             "pe": None,
             "transformer_options": self.options,
@@ -291,46 +275,3 @@ class DetailForward:
             result = patch(args)["img"]
             if result is not whole:
                 whole.copy_(result)
-
-    def _block(
-        self,
-        index: int,
-        tokens: list[Tokens],
-        e0: Tensor,
-        text: wan.Text,
-        guide_keys: tuple[Tensor, Tensor] | None,
-        chunk: ChunkSize,
-        ring: Ring | None,
-    ) -> None:
-        """One block in place on the tokens of every video."""
-        block = self.model.blocks[index]
-        for item, store in enumerate(tokens):
-            task = BlockTask(
-                block,
-                store,
-                self.plan.tokens,
-                wan.Modulation.of(block, e0[item]),
-                text.of(item),
-                None if guide_keys is None else (guide_keys[0][item], guide_keys[1][item]),
-                self.model.num_heads,
-                self.options,
-                chunk,
-                e0.device,
-                self.settings.keep_blocks,
-                self.run.parts,
-                ring,
-                self.settings.guide_weight,
-            )
-            self.attention.evaluate(task, index)
-            store.settle()
-
-    def _attention(self) -> WindowAttention:
-        """The way of cutting the grid that the artist chose."""
-        plan, window = self.plan, self.settings.window
-        rope = RopeAxes(self.model.rope_embedder, self.options.get("rope_options") or {})
-        alignment = None
-        if self.settings.proxy is not None:
-            alignment = plan.alignment(window, self.settings.guide_margin)
-        if self.settings.overlap == "sliding":
-            return SlidingAttention(SlidingWindows(plan.tokens, window), alignment, rope)
-        return ShiftedAttention(ShiftedWindows(plan.tokens, window), alignment, rope)

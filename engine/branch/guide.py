@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,205 +11,72 @@ from torch import Tensor
 
 from ..comfyui import models
 from ..device import copies
-from ..device.chunks import ChunkSize, in_chunks
-from ..families import wan
+from ..device.chunks import in_chunks
+from ..families.family import Modulation
+from ..families.rotations import join_axes
 from ..proxy.latents import shrink_condition
-from .memory import MemoryPlan
-from .rotations import RopeAxes, join_axes
-from .run import SamplingRun
-from .settings import DetailSettings
-
-TIMESTEPS = 1000.0
-"""Wan's timestep is 1000 sigma."""
+from .block_task import Pair
+from .evaluation import Evaluation, per_token
 
 
-class GuideStream:
-    """The proxy's tokens through the same blocks: full attention among themselves.
+@dataclass(frozen=True)
+class GuideInput:
+    """What enters the first block."""
 
-    They never read target tokens, so with `clean` noise their keys and values are the same in
-    every step.
+    tokens: Tensor
+    """[B, L_g, C]"""
+    e0: Tensor
+    """The projected time embedding, per item."""
+    freqs: Tensor
+    """The proxy's own rotations, as in stage 1: temporal index times the stride."""
+
+
+def guide_input(ev: Evaluation, net: Any) -> GuideInput:
+    """The proxy as the guide stream reads it.
+
+    Args:
+        net: the diffusion model as the guide sees it.
     """
+    timestep = _timestep(ev)
+    latent = models.pad_to_patch(_latent(ev, timestep), ev.plan.space.patch)
+    grid = ev.plan.proxy_tokens
+    time, height, width = (torch.arange(n, device=ev.device)[None] for n in grid)
+    rope = ev.family.rotations(net, {})
+    axes = (ev.plan.temporal_stride * time, height, width)
+    return GuideInput(
+        ev.family.embed(net, latent).contiguous(),
+        ev.family.time_embedding(net, timestep, ev.x.dtype)[1],
+        join_axes([rope.tables(i, positions) for i, positions in enumerate(axes)]),
+    )
 
-    def __init__(
-        self,
-        model: Any,
-        settings: DetailSettings,
-        run: SamplingRun,
-        options: dict,
-        memory: MemoryPlan,
-        chunk: ChunkSize,
-        x: Tensor,
-        timestep: Tensor,
-        text: wan.Text,
-    ):
-        lora = settings.guide_lora
-        self.base = model
-        self.model = model if lora is None else lora.view(model)
-        self.settings = settings
-        self.run = run
-        self.options = options
-        self.memory = memory
-        self.chunk = chunk
-        self.x = x
-        self.timestep = timestep
-        self.text = text
-        self.plan = settings.plan
-        self.clean = settings.guide_noise == "clean"
 
-    @property
-    def _key(self) -> tuple:
-        """What the keys and values depend on within a run: the branch, and the conditionings."""
-        return id(self.base), id(self.settings), tuple(self.options.get("uuids", ()))
+def _timestep(ev: Evaluation) -> Tensor:
+    """The guide's timestep [B] or [B, F_g]: 0 when clean, the target's when matched."""
+    if ev.settings.guide_is_clean:
+        return ev.timestep.new_zeros(len(ev.timestep))
+    if ev.timestep.ndim == 1 or ev.timestep.shape[1] == 1:
+        return ev.timestep
+    return ev.timestep[:, :: ev.plan.temporal_stride]
 
-    @property
-    def is_kept(self) -> bool:
-        """Whether an earlier step left the keys and values."""
-        return self._key in self.run.guide_keys
 
-    def keys_of_blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Per block: unrotated keys and values [B, L_g, C].
-
-        With `clean` noise they are computed in the run's first step and kept for its other steps,
-        where the memory plan has room for them.
-        """
-        key = self._key
-        kept = self.run.guide_keys.get(key)
-        device = self.x.device
-        if kept is not None:
-            for keys, values in kept:
-                if keys.device == device:
-                    yield keys, values
-                else:
-                    yield copies.upload(keys, device), copies.upload(values, device)
-            return
-        keep = self.clean and self.run.keep_guide and self.memory.guide != "recompute"
-        fresh: list[tuple[Tensor, Tensor]] = []
-        for keys, values in self._evaluate():
-            if keep:
-                fresh.append((self._place(keys), self._place(values)))
-                if len(fresh) == len(self.model.blocks):  # only a whole stream is worth keeping
-                    self.run.keep_guide_keys(key, fresh)
-            yield keys, values
-            del keys, values  # before those of the next block are made
-
-    def _place(self, tensor: Tensor) -> Tensor:
-        """Where the memory plan keeps a tensor between steps."""
-        if self.memory.guide == "device":
-            return tensor
-        buffer = copies.host_buffer(tuple(tensor.shape), tensor.dtype, tensor.device)
-        return buffer.copy_(tensor)
-
-    def _evaluate(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Per block: keys and values, computed."""
-        grid, model = self.plan.proxy_tokens, self.model
-        heads = model.num_heads
-        timestep = self._timestep()
-        tokens = self._embed(self._latent(timestep))
-        _, e0 = models.time_embedding(model, timestep, self.x.dtype)
-        freqs = self._own_positions(tokens.device)
-        frame_of_token = torch.arange(grid.frames, device=tokens.device)
-        frame_of_token = frame_of_token.repeat_interleave(
-            grid.height * grid.width, output_size=len(tokens[0])
-        )
-        for i, block in enumerate(model.blocks):
-            rows = [wan.Modulation.of(block, item).of_tokens(frame_of_token) for item in e0]
-            keys, values = torch.empty_like(tokens), torch.empty_like(tokens)
-            for item in range(len(tokens)):
-                self._fill_keys(block, tokens[item], rows[item], keys[item], values[item])
-            yield keys, values
-            if i == len(model.blocks) - 1:
-                return
-            keys = wan.rotate(keys, heads, freqs)
-            for item in range(len(tokens)):
-                one = slice(item, item + 1)
-                self._update(
-                    block,
-                    tokens[one],
-                    rows[item],
-                    keys[one],
-                    values[one],
-                    freqs,
-                    self.text.of(item),
-                )
-            del keys, values
-
-    def _fill_keys(
-        self, block: Any, x: Tensor, rows: wan.Modulation, keys: Tensor, values: Tensor
-    ) -> None:
-        """Fill unrotated keys and values [L_g, C] of one item's tokens x [L_g, C]."""
-
-        def compute(start: int, stop: int) -> None:
-            y = wan.attention_input(block, x[None, start:stop], rows.part(start, stop))
-            keys[start:stop] = self.run.parts.keys(block.self_attn, y)[0]
-            values[start:stop] = block.self_attn.v(y)[0]
-
-        in_chunks(range(1, len(x) + 1), self.chunk, compute)
-
-    def _update(
-        self,
-        block: Any,
-        x: Tensor,
-        rows: wan.Modulation,
-        keys: Tensor,
-        values: Tensor,
-        freqs: Tensor,
-        text: wan.Text,
-    ) -> None:
-        """One block in place on one item's tokens x [1, L_g, C], with rotated keys."""
-        heads = self.model.num_heads
-
-        def attend(start: int, stop: int) -> None:
-            part, own = x[:, start:stop], rows.part(start, stop)
-            y = wan.attention_input(block, part, own)
-            q = self.run.parts.queries(block.self_attn, y)
-            q = wan.rotate(q, heads, freqs[:, start:stop])
-            attended = models.attention(q, keys, values, heads, self.options)
-            part.copy_(wan.attention_output(block, part, attended, own))
-
-        in_chunks(range(1, x.shape[1] + 1), self.chunk, attend)
-        wan.per_token(block, x, rows, text, self.options, self.chunk, self.run.parts)
-
-    def _timestep(self) -> Tensor:
-        """The guide's timestep [B] or [B, F_g]: 0 when clean, the target's when matched."""
-        if self.clean:
-            return self.timestep.new_zeros(len(self.timestep))
-        if self.timestep.ndim == 1 or self.timestep.shape[1] == 1:
-            return self.timestep
-        stride = self.plan.temporal_stride
-        return self.timestep[:, ::stride]
-
-    def _latent(self, timestep: Tensor) -> Tensor:
-        """The guide's input [B, C_in, F_g, H_g, W_g], noised and with image conditioning."""
-        proxy = self.settings.proxy
-        assert proxy is not None
-        x, batch = self.x, len(self.x)
-        latent = proxy
-        if not self.clean:
-            noise = self.run.noise_like(proxy)
-            # One item of the proxy per item of a conditioning's batch, as below.
-            latent, noise = _repeat(proxy, batch).to(x.device), _repeat(noise, batch).to(x.device)
-            sigma = (timestep / TIMESTEPS).reshape(batch, 1, -1, 1, 1)
-            latent = (1 - sigma) * latent + sigma * noise
-        latent = _repeat(latent, batch).to(x)
-        condition = x[:, self.plan.space.channels :]
-        if condition.shape[1]:
-            grid = self.plan.proxy_latent
-            condition = shrink_condition(condition, grid, self.plan.temporal_stride)
-            latent = torch.cat([latent, condition], dim=1)
-        return latent
-
-    def _embed(self, latent: Tensor) -> Tensor:
-        """Guide latent -> tokens [B, L_g, C]."""
-        padded = models.pad_to_patch(latent, self.plan.space.patch)
-        embedded = self.model.patch_embedding(padded.float()).to(latent.dtype)
-        return embedded.flatten(2).transpose(1, 2).contiguous()
-
-    def _own_positions(self, device: torch.device) -> Tensor:
-        """The proxy's own rotations: temporal index times the stride, as in stage 1."""
-        time, height, width = (torch.arange(n, device=device) for n in self.plan.proxy_tokens)
-        axes = (self.plan.temporal_stride * time, height, width)
-        rope = RopeAxes(self.model.rope_embedder, {})
-        return join_axes([rope.tables(i, positions[None]) for i, positions in enumerate(axes)])
+def _latent(ev: Evaluation, timestep: Tensor) -> Tensor:
+    """The guide's input [B, C_in, F_g, H_g, W_g], noised and with image conditioning."""
+    proxy = ev.settings.proxy
+    assert proxy is not None
+    x, batch = ev.x, len(ev.x)
+    latent = proxy
+    if not ev.settings.guide_is_clean:
+        noise = ev.run.noise_like(proxy)
+        # One item of the proxy per item of a conditioning's batch, as below.
+        latent, noise = _repeat(proxy, batch).to(x.device), _repeat(noise, batch).to(x.device)
+        sigma = (timestep / ev.family.TIMESTEPS).reshape(batch, 1, -1, 1, 1)
+        latent = (1 - sigma) * latent + sigma * noise
+    latent = _repeat(latent, batch).to(x)
+    condition = x[:, ev.plan.space.channels :]
+    if condition.shape[1]:
+        condition = shrink_condition(condition, ev.plan.proxy_latent, ev.plan.temporal_stride)
+        latent = torch.cat([latent, condition], dim=1)
+    return latent
 
 
 def _repeat(latent: Tensor, batch: int) -> Tensor:
@@ -223,3 +91,108 @@ def _repeat(latent: Tensor, batch: int) -> Tensor:
             "batch size, or one proxy for all."
         )
     return latent.repeat(batch // len(latent), 1, 1, 1, 1)
+
+
+class GuideStream:
+    """The proxy's tokens through the same blocks: full attention among themselves.
+
+    They never read target tokens, so with `clean` noise their keys and values are the same in
+    every step.
+    """
+
+    def __init__(self, ev: Evaluation):
+        lora = ev.settings.guide_lora
+        self.ev = ev
+        self.net = ev.net if lora is None else lora.view(ev.net)
+
+    @property
+    def _key(self) -> tuple:
+        """What the keys and values depend on within a run: the branch, and the conditionings."""
+        ev = self.ev
+        return id(ev.net), id(ev.settings), tuple(ev.options.get("uuids", ()))
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether an earlier step left the keys and values."""
+        return self._key in self.ev.run.guide_keys
+
+    def keys_of_blocks(self) -> Iterator[Pair]:
+        """Per block: unrotated keys and values [B, L_g, C].
+
+        With `clean` noise they are computed in the run's first step and kept for its other steps,
+        where the memory plan has room for them.
+        """
+        ev, key = self.ev, self._key
+        kept = ev.run.guide_keys.get(key)
+        if kept is not None:
+            for keys, values in kept:
+                if keys.device == ev.device:
+                    yield keys, values
+                else:
+                    yield copies.upload(keys, ev.device), copies.upload(values, ev.device)
+            return
+        keep = ev.settings.guide_is_clean and ev.run.keep_guide and ev.memory.guide != "recompute"
+        fresh: list[Pair] = []
+        for keys, values in self._evaluate():
+            if keep:
+                fresh.append((self._place(keys), self._place(values)))
+                if len(fresh) == len(ev.family.blocks(self.net)):  # only a whole one is worth it
+                    ev.run.keep_guide_keys(key, fresh)
+            yield keys, values
+            del keys, values  # before those of the next block are made
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        """Where the memory plan keeps a tensor between steps."""
+        if self.ev.memory.guide == "device":
+            return tensor
+        return copies.host_buffer(tuple(tensor.shape), tensor.dtype, tensor.device).copy_(tensor)
+
+    def _evaluate(self) -> Iterator[Pair]:
+        """Per block: keys and values, computed."""
+        ev, family = self.ev, self.ev.family
+        given = guide_input(ev, self.net)
+        tokens, grid = given.tokens, ev.plan.proxy_tokens
+        frame_of_token = torch.arange(grid.frames, device=tokens.device)
+        frame_of_token = frame_of_token.repeat_interleave(
+            grid.height * grid.width, output_size=len(tokens[0])
+        )
+        blocks = family.blocks(self.net)
+        for i, block in enumerate(blocks):
+            rows = [family.modulation(block, item).of_tokens(frame_of_token) for item in given.e0]
+            keys, values = torch.empty_like(tokens), torch.empty_like(tokens)
+            for item in range(len(tokens)):
+                self._fill_keys(block, tokens[item], rows[item], (keys[item], values[item]))
+            yield keys, values
+            if i == len(blocks) - 1:
+                return
+            keys = family.rotate(keys, ev.heads, given.freqs)
+            for item in range(len(tokens)):
+                one = slice(item, item + 1)
+                x, text = tokens[one], ev.text.of(item)
+                self._attend(block, x, rows[item], (keys[one], values[one]), given.freqs)
+                per_token(ev, block, x, rows[item], text)
+            del keys, values
+
+    def _fill_keys(self, block: Any, x: Tensor, rows: Modulation, pair: Pair) -> None:
+        """Fill unrotated keys and values [L_g, C] of one item's tokens x [L_g, C]."""
+        family, (keys, values) = self.ev.family, pair
+
+        def compute(start: int, stop: int) -> None:
+            y = family.attention_input(block, x[None, start:stop], rows.part(start, stop))
+            keys[start:stop] = self.ev.parts.keys(block, y)[0]
+            values[start:stop] = family.values(block, y)[0]
+
+        in_chunks(range(1, len(x) + 1), self.ev.chunk, compute)
+
+    def _attend(self, block: Any, x: Tensor, rows: Modulation, pair: Pair, freqs: Tensor) -> None:
+        """Self-attention in place on one item's tokens x [1, L_g, C], to rotated keys."""
+        ev, family = self.ev, self.ev.family
+
+        def compute(start: int, stop: int) -> None:
+            part, own = x[:, start:stop], rows.part(start, stop)
+            q = ev.parts.queries(block, family.attention_input(block, part, own))
+            q = family.rotate(q, ev.heads, freqs[:, start:stop])
+            attended = models.attention(q, *pair, ev.heads, ev.options)
+            part.copy_(family.attention_output(block, part, attended, own))
+
+        in_chunks(range(1, x.shape[1] + 1), ev.chunk, compute)

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..geometry.layout import Layout
+from ..geometry.shape import BaseShape
+
 ATTENTION = 13
 """Vectors of a token at the peak of attention, with a kernel that rounds queries and keys."""
 ON_THEIR_WAY = 4
@@ -42,6 +45,31 @@ class Workload:
     window_keys: int
     keep_guide: bool
     conditionings: int = 1
+
+    @classmethod
+    def of(
+        cls,
+        layout: Layout,
+        shape: BaseShape,
+        *,
+        itemsize: int,
+        videos: int = 1,
+        guided: bool = True,
+        keep_guide: bool = False,
+    ) -> Workload:
+        """The sizes of one forward over `videos` videos, each cut by `layout`."""
+        plan = layout.plan
+        return cls(
+            dim=shape.dim,
+            ffn_dim=shape.ffn_dim,
+            layers=shape.layers,
+            itemsize=itemsize,
+            tokens=videos * plan.tokens.count,
+            guide_tokens=videos * plan.proxy_tokens.count if guided else 0,
+            ring_tokens=layout.ring_tokens,
+            window_keys=sum(layout.keys),
+            keep_guide=keep_guide,
+        )
 
     @property
     def token_bytes(self) -> int:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..comfyui import models
 from ..device import copies
-from .compiled import parts_of
 from .progress import RunProgress
 
 KEY = "atlasvid"
@@ -39,7 +38,7 @@ class SamplingRun:
         self.seed = seed
         self.model = model
         self.keep_guide = keep_guide
-        self.parts = parts_of(compile_choices)
+        self.compile_choices = compile_choices
         self.guide_keys: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
         self._progress: RunProgress | None = None
         self._noise: Tensor | None = None

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from ..device.budget import AUTO
 from ..geometry.grid import Grid
+from ..geometry.layout import Layout
 from ..geometry.plan import Plan
+from ..geometry.shape import BaseShape
 from ..geometry.windows import COMPACT, trained_size
-from ..lora.guide import GuideLora
+from ..lora.guide import GuideLora, Habits
+from .memory import Workload
 
-OVERLAPS = ("shifted", "sliding")
 GUIDE_NOISE = ("matched", "clean")
 
 
@@ -31,24 +33,48 @@ def require_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 class DetailSettings:
     """What the artist chose for the detail branch."""
 
-    plan: Plan
-    window: Grid
-    overlap: str
+    layout: Layout
     guide_noise: str
     proxy: Tensor | None
     """The proxy latent as the model sees it (process_in applied), or None for windows alone."""
-    sigma_start: float
-    sigma_end: float
+    sigma_start: float = 1.0
+    sigma_end: float = 0.0
     budget: int | None = None
     """Bytes of device memory beside the weights, or None for what is free."""
-    attention: str = "auto"
+    attention: str = AUTO
     keep_blocks: int = 0
     """Blocks of 128 keys that a window reads, 0 for all."""
     guide_lora: GuideLora | None = None
     guide_weight: float = 1.0
     """How often each of the guide's keys counts in the softmax, above 0."""
-    guide_margin: int = 0
-    """Guide tokens that a window reads on every side beside its aligned ones."""
+
+    @property
+    def plan(self) -> Plan:
+        return self.layout.plan
+
+    @property
+    def guided(self) -> bool:
+        """Whether windows read a proxy."""
+        return self.proxy is not None
+
+    @property
+    def guide_is_clean(self) -> bool:
+        return self.guide_noise == "clean"
+
+    def workload(self, shape: BaseShape, itemsize: int, videos: int, keep_guide: bool) -> Workload:
+        """The sizes of a forward.
+
+        Args:
+            keep_guide: whether a clean guide may serve every step.
+        """
+        return Workload.of(
+            self.layout,
+            shape,
+            itemsize=itemsize,
+            videos=videos,
+            guided=self.guided,
+            keep_guide=keep_guide and self.guide_is_clean,
+        )
 
     @property
     def is_always_active(self) -> bool:
@@ -60,22 +86,19 @@ class DetailSettings:
         return sigmas is None or self.sigma_end <= float(sigmas.max()) <= self.sigma_start
 
 
-def preset_window(
-    preset: str, plan: Plan, custom: Grid, guide_lora: GuideLora | None = None
-) -> Grid:
+def preset_window(preset: str, plan: Plan, custom: Grid, habits: Habits | None = None) -> Grid:
     """The window of a preset: `compact`, `trained size`, or `custom`, which gives its own sizes.
 
-    `auto` is the window that the guide LoRA was trained with, else compact; without a guide LoRA
-    it is the trained size.
+    Args:
+        habits: of the guide LoRA, whose window `auto` is; without one it is the trained size.
 
     Raises:
         ValueError: unknown preset, or a custom size below 1.
     """
     trained = trained_size(plan.proxy_tokens)
-    presets = {"auto": trained, "compact": COMPACT, "trained size": trained}
-    if guide_lora is not None:
-        recipe = guide_lora.file.recipe
-        presets["auto"] = (recipe and recipe.window) or COMPACT
+    presets = {AUTO: trained, "compact": COMPACT, "trained size": trained}
+    if habits is not None:
+        presets[AUTO] = habits.window
     if preset == "custom":
         if min(custom) < 1:
             raise ValueError(f"The custom window is {custom}; every side must be at least 1 token.")
@@ -85,14 +108,11 @@ def preset_window(
     return presets[preset]
 
 
-def preset_guide_noise(guide_noise: str, guide_lora: GuideLora | None) -> str:
-    """`auto` is what the guide LoRA was trained with, else clean; without one it is matched."""
-    if guide_noise != "auto":
+def preset_guide_noise(guide_noise: str, habits: Habits | None) -> str:
+    """`auto` is what the guide LoRA was trained with; without one it is matched."""
+    if guide_noise != AUTO:
         return guide_noise
-    if guide_lora is None:
-        return "matched"
-    recipe = guide_lora.file.recipe
-    return (recipe and recipe.guide_noise) or "clean"
+    return habits.guide_noise if habits else "matched"
 
 
 GUIDE_SHARE = 16.0
@@ -108,7 +128,7 @@ def auto_guide_weight(window_keys: int, guide_keys: int) -> float:
 
 
 def preset_guide_weight(
-    guide_weight: str | float, guide_lora: GuideLora | None, window_keys: int, guide_keys: int
+    guide_weight: str | float, habits: Habits | None, window_keys: int, guide_keys: int
 ) -> float:
     """How often each of the guide's keys counts in the softmax; 0: they are not read.
 
@@ -121,10 +141,7 @@ def preset_guide_weight(
     weight = parse_guide_weight(guide_weight)
     if weight is not None:
         return weight
-    if guide_lora is None:
-        return auto_guide_weight(window_keys, guide_keys)
-    recipe = guide_lora.file.recipe
-    return recipe.trained_guide_weight if recipe else 1.0
+    return habits.guide_weight if habits else auto_guide_weight(window_keys, guide_keys)
 
 
 def parse_guide_weight(guide_weight: str | float) -> float | None:

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from ..device.chunks import in_chunks
-from ..families import wan
+from ..families.rotations import RopeAxes, join_axes
 from ..geometry.alignment import GuideAlignment
 from ..geometry.grid import Grid
 from ..geometry.windows import Box, ShiftedWindows, flat_index, starts_of
-from .block_task import BlockTask
-from .rotations import RopeAxes, join_axes
+from .block_task import BlockTask, Pair
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,8 @@ class ShiftedAttention:
         self._orders: dict[tuple[int, torch.device, torch.device], WindowOrder] = {}
 
     def evaluate(self, task: BlockTask, index: int) -> None:
-        order = self.order(index, task.device, task.tokens.index_device)
-        in_chunks(order.ends, task.chunk, partial(self.evaluate_windows, task, order))
+        order = self.order(index, task.ev.device, task.tokens.index_device)
+        in_chunks(order.ends, task.ev.chunk, partial(self._evaluate, task, order))
 
     def order(self, index: int, device: torch.device, index_device: torch.device) -> WindowOrder:
         """The windows of block number `index` with everything that depends on geometry alone."""
@@ -109,37 +108,37 @@ class ShiftedAttention:
             )
         return WindowGroup(size, len(boxes), self.rope.box(size, device), guide, tables)
 
-    def evaluate_windows(self, task: BlockTask, order: WindowOrder, start: int, stop: int) -> None:
+    def _evaluate(self, task: BlockTask, order: WindowOrder, start: int, stop: int) -> None:
         """Windows start to stop. Linear layers see windows of all sizes together."""
         index = order.tokens[order.span(start, stop)]
-        x, modulation = task.read(index)
+        x, rows = task.read(index)
         # A call of its own, so that its queries, keys and values are gone before the feed-forward.
-        attended = self._attended(
-            task, order, start, stop, wan.attention_input(task.block, x, modulation)
+        attended = self.attended(
+            task, order, start, stop, task.ev.family.attention_input(task.block, x, rows)
         )
-        task.finish(x, attended, modulation, index)
+        task.finish(x, attended, rows, index)
 
-    def _attended(
+    def attended(
         self, task: BlockTask, order: WindowOrder, start: int, stop: int, y: Tensor
     ) -> Tensor:
         """Attention's output [1, n, C] for the inputs y [1, n, C] of windows start to stop."""
-        attention = task.block.self_attn
-        q, k, v = task.parts.queries(attention, y), task.parts.keys(attention, y), attention.v(y)
+        ev, block = task.ev, task.block
+        q, k, v = ev.parts.queries(block, y), ev.parts.keys(block, y), ev.family.values(block, y)
         del y
         attended, first = [], 0
         for group, windows in order.parts(start, stop):
             shape = (windows.stop - windows.start, group.size.count)
             last = first + shape[0] * shape[1]
             part_q, part_k, part_v = (each[0, first:last].unflatten(0, shape) for each in (q, k, v))
-            part_q = wan.rotate(part_q, task.heads, group.freqs)
-            part_k = wan.rotate(part_k, task.heads, group.freqs)
+            part_q = ev.family.rotate(part_q, ev.heads, group.freqs)
+            part_k = ev.family.rotate(part_k, ev.heads, group.freqs)
             guide = _aligned_guide(task, group, windows) if task.guide else None
             attended.append(task.attend(part_q, part_k, part_v, group.size, guide))
             first = last
         return attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)
 
 
-def _aligned_guide(task: BlockTask, group: WindowGroup, windows: slice) -> tuple[Tensor, Tensor]:
+def _aligned_guide(task: BlockTask, group: WindowGroup, windows: slice) -> Pair:
     """Keys and values [windows, L, C] of the aligned guide tokens, keys rotated by P."""
     assert task.guide is not None
     assert group.guide is not None
@@ -147,5 +146,6 @@ def _aligned_guide(task: BlockTask, group: WindowGroup, windows: slice) -> tuple
     index = group.guide[windows]
     freqs = join_axes([table[windows] for table in group.guide_axes])
     # One row of batch 1: rotation kernels take one set of rotations for all of a batch.
-    rotated = wan.rotate(keys[index].flatten(0, 1)[None], task.heads, freqs.flatten(0, 1)[None])
+    row, turns = keys[index].flatten(0, 1)[None], freqs.flatten(0, 1)[None]
+    rotated = task.ev.family.rotate(row, task.ev.heads, turns)
     return rotated[0].unflatten(0, index.shape), values[index]

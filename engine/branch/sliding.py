@@ -8,20 +8,19 @@ is long, and are made before any tile that they belong to is written.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..device.chunks import in_chunks
-from ..families import wan
+from ..families.rotations import RopeAxes, join_axes
 from ..geometry.alignment import GuideAlignment
 from ..geometry.grid import Grid
 from ..geometry.windows import Box, SlidingWindows, flat_index, starts_of
-from .block_task import BlockTask
+from .block_task import BlockTask, Pair
 from .ring import Ring
-from .rotations import RopeAxes, join_axes
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,25 @@ class TileGroup:
     """Slices of the streamed axis that must be in the ring: up to, not including, this one."""
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What depends on geometry alone."""
+
+    groups: list[TileGroup]
+    """Tiles in streaming order."""
+    tables: list[Tensor]
+    """Per-axis rotations of the target."""
+    guide_freqs: Tensor | None
+    """Rotations of the guide."""
+
+    def rotations_of(self, index: Tensor, grid: Grid) -> Tensor:
+        """Rotations [1, n, 1, d/2, 2, 2] of tokens at raster indices [n]."""
+        _, h, w = grid
+        coordinates = (index // (h * w), index // w % h, index % w)
+        rows = [table[i] for table, i in zip(self.tables, coordinates, strict=True)]
+        return torch.cat(rows, dim=1)[None, :, None]
+
+
 class SlidingAttention:
     """Evaluates blocks by sliding windows.
 
@@ -55,41 +73,33 @@ class SlidingAttention:
         self.alignment = alignment
         self.rope = rope
         self.axis = windows.axis
-        self._prepared: dict[
-            tuple[torch.device, torch.device, torch.device],
-            tuple[list[TileGroup], list[Tensor], Tensor | None],
-        ] = {}
+        self._prepared: dict[tuple[torch.device, torch.device, torch.device], Prepared] = {}
 
     def evaluate(self, task: BlockTask, index: int) -> None:
         del index  # the tiles are the same in every block
-        ring = task.ring
+        ring, ev = task.ring, task.ev
         assert ring is not None
         ring.filled = 0
-        groups, tables, guide_freqs = self._prepare(
-            task.device, task.tokens.index_device, ring.index_device
-        )
-        guide = None
+        prepared = self._prepare(ev.device, task.tokens.index_device, ring.index_device)
         if task.guide is not None:
-            assert guide_freqs is not None
+            assert prepared.guide_freqs is not None
             keys, values = task.guide
-            guide = wan.rotate(keys[None], task.heads, guide_freqs)[0], values
-        for group in groups:
-            self._fill(task, ring, group.last_slice, tables)
+            rotated = ev.family.rotate(keys[None], ev.heads, prepared.guide_freqs)[0]
+            task = replace(task, guide=(rotated, values))
+        for group in prepared.groups:
+            self._fill(task, ring, group.last_slice, prepared)
             keys_per_tile = self.windows.window.count
-            if guide is not None and self.alignment is not None:
+            if task.guide is not None and self.alignment is not None:
                 keys_per_tile += self.alignment.count.count
             size = (group.size.count + keys_per_tile) // 2
             in_chunks(
                 range(size, len(group.tiles) * size + 1, size),
-                task.chunk,
-                partial(self._evaluate, task, ring, guide, group, tables),
+                ev.chunk,
+                partial(self._evaluate, task, prepared, group),
             )
 
-    def _prepare(
-        self, device: torch.device, stored: torch.device, ring: torch.device
-    ) -> tuple[list[TileGroup], list[Tensor], Tensor | None]:
-        """Tiles in streaming order, per-axis rotations of the target, rotations of the guide.
-
+    def _prepare(self, device: torch.device, stored: torch.device, ring: torch.device) -> Prepared:
+        """
         Args:
             stored, ring: where indices of the tokens and of the ring must be.
         """
@@ -107,7 +117,7 @@ class SlidingAttention:
                         for axis, positions in enumerate(self.alignment.positions)
                     ]
                 )
-            self._prepared[key] = self._groups(*key), tables, guide_freqs
+            self._prepared[key] = Prepared(self._groups(*key), tables, guide_freqs)
         return self._prepared[key]
 
     def _groups(
@@ -134,7 +144,7 @@ class SlidingAttention:
             )
         return groups
 
-    def _fill(self, task: BlockTask, ring: Ring, last: int, tables: list[Tensor]) -> None:
+    def _fill(self, task: BlockTask, ring: Ring, last: int, prepared: Prepared) -> None:
         """Make keys and values of the slices up to `last` from tokens not yet written."""
         if last <= ring.filled:
             return
@@ -142,20 +152,22 @@ class SlidingAttention:
         size[self.axis] = last - ring.filled
         index, stored = (
             flat_index(self.windows.grid, self._start_on(place, ring.filled), Grid(*size))[0]
-            for place in (task.device, task.tokens.index_device)
+            for place in (task.ev.device, task.tokens.index_device)
         )
         starts = self._start_on(ring.index_device, ring.filled)
         slots = flat_index(ring.grid, starts, Grid(*size), wrap=ring.grid)[0]
 
+        ev, family = task.ev, task.ev.family
+
         def compute(begin: int, end: int) -> None:
-            x, modulation = task.read(stored[begin:end])
-            y = wan.attention_input(task.block, x, modulation)
-            freqs = self._rotations_of(index[begin:end], tables)
-            keys = wan.rotate(task.parts.keys(task.block.self_attn, y), task.heads, freqs)
-            values = task.block.self_attn.v(y)
+            x, rows = task.read(stored[begin:end])
+            y = family.attention_input(task.block, x, rows)
+            freqs = prepared.rotations_of(index[begin:end], self.windows.grid)
+            keys = family.rotate(ev.parts.keys(task.block, y), ev.heads, freqs)
+            values = family.values(task.block, y)
             ring.write(slots[begin:end], keys[0], values[0])
 
-        in_chunks(range(1, len(index) + 1), task.chunk, compute)
+        in_chunks(range(1, len(index) + 1), ev.chunk, compute)
         ring.settle()
         ring.filled = last
 
@@ -165,41 +177,31 @@ class SlidingAttention:
         starts[:, self.axis] = first
         return starts
 
-    def _rotations_of(self, index: Tensor, tables: list[Tensor]) -> Tensor:
-        """Rotations [1, n, 1, d/2, 2, 2] of tokens at raster indices [n]."""
-        _, h, w = self.windows.grid
-        coordinates = (index // (h * w), index // w % h, index % w)
-        rows = [table[i] for table, i in zip(tables, coordinates, strict=True)]
-        return torch.cat(rows, dim=1)[None, :, None]
-
     def _evaluate(
-        self,
-        task: BlockTask,
-        ring: Ring,
-        guide: tuple[Tensor, Tensor] | None,
-        group: TileGroup,
-        tables: list[Tensor],
-        start: int,
-        stop: int,
+        self, task: BlockTask, prepared: Prepared, group: TileGroup, start: int, stop: int
     ) -> None:
         """Tiles start to stop of a group."""
-        windows = self.windows
+        windows, ring, ev = self.windows, task.ring, task.ev
+        assert ring is not None
         index = flat_index(windows.grid, group.tiles[start:stop], group.size).flatten()
         stored = flat_index(windows.grid, group.stored[start:stop], group.size).flatten()
-        x, modulation = task.read(stored)
-        y = wan.attention_input(task.block, x, modulation)
-        q = task.parts.queries(task.block.self_attn, y)
-        q = wan.rotate(q, task.heads, self._rotations_of(index, tables))
+        x, rows = task.read(stored)
+        y = ev.family.attention_input(task.block, x, rows)
+        freqs = prepared.rotations_of(index, windows.grid)
+        q = ev.family.rotate(ev.parts.queries(task.block, y), ev.heads, freqs)
         q = q.view(stop - start, group.size.count, -1)
         slots = flat_index(ring.grid, group.keys[start:stop], windows.window, wrap=ring.grid)
         k, v = ring.read(slots)
-        aligned = None
-        if guide is not None:
-            assert self.alignment is not None
-            assert group.guide is not None
-            starts = group.guide[start:stop]
-            read = flat_index(self.alignment.guide, starts, self.alignment.count)
-            aligned = guide[0][read], guide[1][read]
-        attended = task.attend(q, k, v, windows.window, aligned)
+        attended = task.attend(q, k, v, windows.window, self._aligned(task, group, start, stop))
         del y, q, k, v
-        task.finish(x, attended, modulation, stored)
+        task.finish(x, attended, rows, stored)
+
+    def _aligned(self, task: BlockTask, group: TileGroup, start: int, stop: int) -> Pair | None:
+        """Keys and values [tiles, L, C] of the guide tokens that tiles start to stop read."""
+        if task.guide is None:
+            return None
+        assert self.alignment is not None
+        assert group.guide is not None
+        starts = group.guide[start:stop]
+        read = flat_index(self.alignment.guide, starts, self.alignment.count)
+        return task.guide[0][read], task.guide[1][read]

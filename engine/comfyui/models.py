@@ -21,11 +21,7 @@ import torch
 from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
 from torch import Tensor
 
-from ..geometry.space import LatentSpace
-
 Wrappers = comfy.patcher_extension.WrappersMP
-
-SUPPORTED_MODELS = "Wan 2.1 T2V, Wan 2.1 I2V, Wan 2.2 A14B (high and low noise), Wan 2.2 TI2V-5B"
 
 
 def make_innermost(options: dict, key: str) -> None:
@@ -45,37 +41,12 @@ def model_name(model: Any) -> str:
     return f"{type(base).__name__} ({type(inner).__name__})"
 
 
-def require_wan(model: Any) -> None:
-    """Refuse a model whose blocks are not the plain Wan blocks.
-
-    Raises:
-        ValueError: names the model found and the models supported.
-    """
+def is_plain_wan(model: Any) -> bool:
+    """Whether a loaded model's blocks are the plain Wan blocks."""
     wan22 = getattr(comfy.model_base, "WAN22", None)
     plain = type(model.model) in (comfy.model_base.WAN21, wan22)
     inner: Any = getattr(model.model, "diffusion_model", None)
-    if not (plain and type(inner) is comfy.ldm.wan.model.WanModel and inner.ref_conv is None):
-        raise ValueError(
-            f"AtlasVid cannot work on this model: it was recognised as {model_name(model)}. "
-            f"Supported are {SUPPORTED_MODELS}. Load one of those with Load Diffusion Model "
-            "(VACE, Animate, Camera, Fun-Control and other architectures have other blocks)."
-        )
-
-
-def latent_space(model: Any) -> LatentSpace:
-    """The latent space of a loaded Wan model.
-
-    Raises:
-        ValueError: the model is not a supported Wan.
-    """
-    require_wan(model)
-    latent_format = model.get_model_object("latent_format")
-    return LatentSpace(
-        channels=latent_format.latent_channels,
-        spatial=latent_format.spacial_downscale_ratio,
-        temporal=getattr(latent_format, "temporal_downscale_ratio", 4),
-        patch=tuple(model.model.diffusion_model.patch_size),
-    )
+    return plain and type(inner) is comfy.ldm.wan.model.WanModel and inner.ref_conv is None
 
 
 def process_latent_in(model: Any, latent: Tensor) -> Tensor:
@@ -149,20 +120,14 @@ def cast(weight: Tensor, like: Tensor) -> Tensor:
     return comfy.model_management.cast_to_device(weight, like.device, like.dtype)
 
 
+def time_waves(timestep: Tensor, dim: int) -> Tensor:
+    """Sines and cosines [n, dim] of timesteps [n], as Wan embeds them."""
+    return comfy.ldm.wan.model.sinusoidal_embedding_1d(dim, timestep)
+
+
 def pad_to_patch(latent: Tensor, patch: tuple[int, int, int]) -> Tensor:
     """Pad a latent [B, C, T, H, W] to whole patches, as the stock model does."""
     return comfy.ldm.common_dit.pad_to_patch_size(latent, patch)
-
-
-def time_embedding(model: Any, timestep: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Wan's time embedding and its projection.
-
-    timestep [B] or [B, frames] -> e [B, 1 or frames, C], e0 [B, 1 or frames, 6, C].
-    """
-    wave = comfy.ldm.wan.model.sinusoidal_embedding_1d(model.freq_dim, timestep.flatten())
-    e = model.time_embedding(wave.to(dtype))
-    e = e.reshape(timestep.shape[0], -1, e.shape[-1])
-    return e, model.time_projection(e).unflatten(2, (6, model.dim))
 
 
 def compile_choices(model_options: dict) -> dict[str, Any] | None:

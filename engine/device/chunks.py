@@ -22,6 +22,10 @@ class ChunkSize:
         """Chunks that the device may lag behind: enough to keep it busy, few enough to cancel."""
         self._waiting: deque[copies.Mark] = deque()
 
+    def stay_close(self) -> None:
+        """Let the device lag behind by one chunk only: what a chunk holds is large."""
+        self.ahead = 1
+
     def stop(self, start: int, ends: Sequence[int]) -> int:
         """Where a chunk ends that begins with item `start`; it has one item at least."""
         return max(start + 1, bisect_right(ends, _before(start, ends) + self.tokens, start))

@@ -12,7 +12,9 @@ from itertools import pairwise
 
 from ..branch.memory import CHUNK, Workload, wanted_bytes
 from ..geometry.grid import Grid
+from ..geometry.layout import Layout
 from ..geometry.plan import Plan
+from ..geometry.shape import BaseShape
 from ..geometry.windows import SlidingWindows, cuts
 
 TEXT_WIDTH = 4096
@@ -40,15 +42,12 @@ LATENT_COPIES = 8
 
 
 @dataclass(frozen=True)
-class ModelShape:
-    """The sizes of a Wan model that its cost depends on."""
+class ModelShape(BaseShape):
+    """The sizes of a model that its cost depends on."""
 
-    name: str
-    dim: int
-    layers: int
-    ffn_dim: int
-    in_channels: int = 16
-    out_channels: int = 16
+    name: str = ""
+    out_dim: int = 16
+    """Channels of its latents."""
     weight_bytes: int = 0
     """All weights as they are stored; 0 means two bytes per parameter."""
     text_tokens: int = TEXT_TOKENS
@@ -65,9 +64,9 @@ class ModelShape:
         return self.weight_bytes or 2 * self.layers * self.block_parameters
 
 
-WAN_1_3B = ModelShape("Wan 2.1 1.3B", dim=1536, layers=30, ffn_dim=8960)
+WAN_1_3B = ModelShape(name="Wan 2.1 1.3B", dim=1536, layers=30, ffn_dim=8960)
 TINY = ModelShape(
-    "AtlasVid Tiny Models",
+    name="AtlasVid Tiny Models",
     dim=256,
     layers=6,
     ffn_dim=896,
@@ -152,29 +151,28 @@ class Settings:
     streamed_decode: bool = True
     guide_margin: int = 0
 
+    def layout(self, plan: Plan) -> Layout:
+        """How the detail branch cuts the plan's target."""
+        return Layout(plan, self.window, self.overlap, self.guide_margin)
+
 
 # --- Work ------------------------------------------------------------------------------------
 
 
-def window_pairs(grid: Grid, window: Grid, overlap: str) -> float:
+def window_pairs(layout: Layout) -> float:
     """Pairs (query, key of its own window) of one block, averaged over even and odd blocks."""
-    window = window.clipped(grid)
-    if overlap == "sliding":
-        return float(grid.count * window.count)
+    grid, windows = layout.plan.tokens, layout.windows
+    if isinstance(windows, SlidingWindows):
+        return float(grid.count * layout.window.count)
 
     def pairs(shifted: bool) -> int:
         lengths = (
             [b - a for a, b in pairwise(cuts(n, w, shifted))]
-            for n, w in zip(grid, window, strict=True)
+            for n, w in zip(grid, layout.window, strict=True)
         )
         return math.prod(sum(length**2 for length in axis) for axis in lengths)
 
     return (pairs(False) + pairs(True)) / 2
-
-
-def guide_keys(plan: Plan, window: Grid, guide_margin: int = 0) -> int:
-    """Guide tokens that every query reads."""
-    return plan.keys_per_query(window, guide_margin)[1]
 
 
 def forward_work(
@@ -191,7 +189,7 @@ def forward_work(
     dim, ffn, text = shape.dim, shape.ffn_dim, shape.text_tokens
     # q, k, v, o of self-attention, q and o of cross-attention; k and v of the text.
     linear = tokens * (6 * dim**2 + 2 * dim * ffn) + calls * 2 * text * dim**2
-    ends = tokens * 4 * dim * (shape.in_channels + shape.out_channels)
+    ends = tokens * 4 * dim * (shape.in_dim + shape.out_dim)
     ends += text * (TEXT_WIDTH * dim + dim**2)
     attention = dim * (pairs + tokens * text)
     moved = tokens * element_bytes * (TOKEN_PASSES * dim + 4 * ffn)
@@ -210,9 +208,8 @@ def proxy_work(shape: ModelShape, plan: Plan, element_bytes: int) -> Work:
 
 def detail_work(shape: ModelShape, plan: Plan, settings: Settings, element_bytes: int) -> Work:
     """One evaluation of the target's tokens, without the guide stream."""
-    tokens = plan.tokens.count
-    pairs = window_pairs(plan.tokens, settings.window, settings.overlap)
-    pairs += tokens * guide_keys(plan, settings.window, settings.guide_margin)
+    tokens, layout = plan.tokens.count, settings.layout(plan)
+    pairs = window_pairs(layout) + tokens * layout.keys[1]
     return forward_work(shape, tokens, pairs, element_bytes, math.ceil(tokens / CHUNK))
 
 
@@ -247,17 +244,10 @@ class Memory:
 
 def memory(shape: ModelShape, plan: Plan, settings: Settings, machine: Machine) -> Memory:
     """Memory of the detail stage, the largest of the stages, and of the decoded video."""
-    window = settings.window.clipped(plan.tokens)
-    sliding = settings.overlap == "sliding"
-    work = Workload(
-        dim=shape.dim,
-        ffn_dim=shape.ffn_dim,
-        layers=shape.layers,
+    work = Workload.of(
+        settings.layout(plan),
+        shape,
         itemsize=machine.element_bytes,
-        tokens=plan.tokens.count,
-        guide_tokens=plan.proxy_tokens.count,
-        ring_tokens=SlidingWindows(plan.tokens, window).ring.count if sliding else 0,
-        window_keys=window.count + guide_keys(plan, window, settings.guide_margin),
         keep_guide=settings.guide_noise == "clean",
     )
     latent = plan.latent.count * plan.space.channels * 4

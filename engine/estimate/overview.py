@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from ..branch.progress import duration
-from ..branch.settings import preset_window
+from ..branch.settings import preset_guide_noise, preset_window
 from ..comfyui import management, models, server
 from ..device import copies
+from ..device.budget import AUTO
+from ..families.family import family_of
 from ..geometry import space
 from ..geometry.grid import Grid
 from ..geometry.plan import Plan, make_plan
 from ..geometry.windows import cuts
+from ..lora.guide import Habits
 from . import calibration, cost
 from .cost import ModelShape, Settings
 
@@ -40,7 +43,7 @@ def overview(query: Mapping[str, str]) -> dict[str, Any]:
         ValueError: a value is missing or outside its range.
     """
     shape, assumed = _shape(query)
-    space = WAN22_SPACE if shape.out_channels == WAN22_CHANNELS else WAN21_SPACE
+    space = WAN22_SPACE if shape.out_dim == WAN22_CHANNELS else WAN21_SPACE
     plan = make_plan(
         space,
         int(_number(query, "width")),
@@ -80,7 +83,7 @@ def this_machine() -> cost.Machine:
 def picture(plan: Plan, settings: Settings) -> dict[str, Any]:
     """Sizes and cuts to draw, in pixels and seconds."""
     unit = plan.space.spatial * plan.space.patch[1]
-    window = settings.window.clipped(plan.tokens)
+    window = settings.layout(plan).window
     frames, rows, columns = (
         [list(cuts(n, w, shifted)) for shifted in (False, True)]
         for n, w in zip(plan.tokens, window, strict=True)
@@ -118,8 +121,7 @@ def figures(
 ) -> dict[str, Any]:
     """Rows (label, value) and what will not fit."""
     element = machine.element_bytes
-    own = settings.window.clipped(plan.tokens).count
-    guide = cost.guide_keys(plan, settings.window, settings.guide_margin)
+    own, guide = settings.layout(plan).keys
     detail = cost.detail_work(shape, plan, settings, element)
     full = cost.full_attention_work(shape, plan, element)
     need = cost.memory(shape, plan, settings, machine)
@@ -175,19 +177,16 @@ def shape_record(model: Any) -> str:
 
 
 def shape_of_model(model: Any) -> ModelShape:
-    """The sizes of a loaded Wan."""
-    inner = model.model.diffusion_model
-    return _named(
-        ModelShape(
-            models.model_name(model),
-            inner.dim,
-            len(inner.blocks),
-            inner.ffn_dim,
-            inner.in_dim,
-            inner.out_dim,
-            int(model.model_size()),
-        )
-    )
+    """The sizes of a loaded model.
+
+    Raises:
+        ValueError: the model is of no supported family.
+    """
+    family = family_of(model)
+    sizes = asdict(family.shape(model.model.diffusion_model))
+    channels = family.latent_space(model).channels
+    name, weights = models.model_name(model), int(model.model_size())
+    return _named(ModelShape(**sizes, name=name, out_dim=channels, weight_bytes=weights))
 
 
 def shape_of_file(file: Path) -> ModelShape | None:
@@ -213,13 +212,13 @@ def shape_of_file(file: Path) -> ModelShape | None:
         return None
     return _named(
         ModelShape(
-            file.stem,
-            sizes[mark][-1],
-            len(layers),
-            ffn_dim,
-            patch[1],
-            head[0] // 4,
-            file.stat().st_size,
+            dim=sizes[mark][-1],
+            ffn_dim=ffn_dim,
+            layers=len(layers),
+            in_dim=patch[1],
+            name=file.stem,
+            out_dim=head[0] // 4,
+            weight_bytes=file.stat().st_size,
         )
     )
 
@@ -251,20 +250,15 @@ def _shape(query: Mapping[str, str]) -> tuple[ModelShape, bool]:
 
 
 def _settings(query: Mapping[str, str], plan: Plan) -> Settings:
-    """How the graph samples; `auto` is resolved as the attention node does without a recipe."""
-    guided = query.get("guide_lora") == "1"
-    automatic = {"window": "compact", "guide_noise": "clean"} if guided else {}
-    chosen = {
-        name: automatic.get(name, standard) if query.get(name, "auto") == "auto" else query[name]
-        for name, standard in (("window", "trained size"), ("guide_noise", "matched"))
-    }
+    """How the graph samples; `auto` as for a guide LoRA of the usual kind, whose file is unread."""
+    habits = Habits() if query.get("guide_lora") == "1" else None
     custom = Grid(*(int(_number(query, f"window.{side}", "1")) for side in Grid._fields))
-    window = preset_window(chosen["window"], plan, custom)
+    window = preset_window(query.get("window", AUTO), plan, custom, habits)
     standard = Settings(window)
     return Settings(
         window,
         query.get("overlap", standard.overlap),
-        chosen["guide_noise"],
+        preset_guide_noise(query.get("guide_noise", AUTO), habits),
         int(_number(query, "proxy_evaluations", str(standard.proxy_evaluations))),
         int(_number(query, "detail_evaluations", str(standard.detail_evaluations))),
         query.get("streamed", "1") == "1",

@@ -1,12 +1,12 @@
-"""The parts of a Wan transformer block, so that they can run on some of the tokens at a time.
+"""The Wan transformers: what `families.family` asks of a family.
 
-The block's own modules are called (never their weights): offloaded, quantised and LoRA-patched
-layers work as in the stock forward.
+A block's parts run on some of the tokens at a time. The block's own modules are called (never their
+weights): offloaded, quantised and LoRA-patched layers work as in the stock forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,86 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..comfyui import models
-from ..device.chunks import ChunkSize, in_chunks
+from ..geometry.shape import BaseShape
+from ..geometry.space import LatentSpace
+from .rotations import RopeAxes
+
+NAMES: str = "Wan 2.1 T2V, Wan 2.1 I2V, Wan 2.2 A14B (high and low noise), Wan 2.2 TI2V-5B"
+TIMESTEPS: float = 1000.0
+"""The timestep is 1000 sigma."""
+
+
+# --- The model -------------------------------------------------------------------------------
+
+
+def recognises(model: Any) -> bool:
+    """Whether a loaded model is a plain Wan (VACE, Animate, ... have other blocks)."""
+    return models.is_plain_wan(model)
+
+
+def latent_space(model: Any) -> LatentSpace:
+    """The latent space of a loaded model."""
+    latent_format = model.get_model_object("latent_format")
+    return LatentSpace(
+        channels=latent_format.latent_channels,
+        spatial=latent_format.spacial_downscale_ratio,
+        temporal=getattr(latent_format, "temporal_downscale_ratio", 4),
+        patch=tuple(model.model.diffusion_model.patch_size),
+    )
+
+
+def shape(net: Any) -> BaseShape:
+    """The sizes of a WanModel."""
+    return BaseShape(net.dim, net.ffn_dim, len(net.blocks), net.in_dim)
+
+
+def heads(net: Any) -> int:
+    return net.num_heads
+
+
+def blocks(net: Any) -> Sequence[Any]:
+    return net.blocks
+
+
+def rotations(net: Any, options: Mapping[str, float]) -> RopeAxes:
+    """Rotations under the model's embedder and the stock `rope_options`."""
+    return RopeAxes(net.rope_embedder, options)
+
+
+# --- Around the blocks -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the forward is given beside latent and timestep."""
+
+    context: Tensor
+    clip_fea: Tensor | None
+    options: dict
+    unknown: tuple[str, ...]
+    """Kinds of conditioning that the detail branch does not compute with."""
+
+    def require_known(self) -> None:
+        """Raises ValueError where there is a kind that the detail branch does not know."""
+        if self.unknown:
+            raise ValueError(
+                f"The detail branch does not know the conditioning {', '.join(self.unknown)}. Use "
+                "plain text or WanImageToVideo conditioning, or give that conditioning to the "
+                "proxy only."
+            )
+
+
+def conditioning(context: Tensor, args: tuple, kwargs: dict) -> Conditioning:
+    """From the arguments of `WanModel.forward` after the timestep."""
+    names = ("clip_fea", "time_dim_concat", "transformer_options")
+    given = {**kwargs, **dict(zip(names, args, strict=False))}
+    unknown = ("reference_latent", "context_latents", "time_dim_concat")
+    return Conditioning(
+        context,
+        given.get("clip_fea"),
+        given.get("transformer_options", {}),
+        tuple(name for name in unknown if given.get(name) is not None),
+    )
 
 
 @dataclass(frozen=True)
@@ -30,6 +109,54 @@ class Text:
         """The text of one batch item."""
         return Text(self.tokens[item : item + 1], self.image_tokens)
 
+    def with_tokens(self, tokens: Tensor) -> Text:
+        return Text(tokens, self.image_tokens)
+
+
+def text(net: Any, given: Conditioning) -> Text:
+    """The embedded text."""
+    tokens = net.text_embedding(given.context)
+    if given.clip_fea is None:
+        return Text(tokens, None)
+    if net.img_emb is not None:
+        tokens = torch.cat([net.img_emb(given.clip_fea), tokens], dim=1)
+    return Text(tokens, given.clip_fea.shape[-2])
+
+
+def time_embedding(net: Any, timestep: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The time embedding, which the head reads, and its projection, which the blocks read.
+
+    timestep [B] or [B, frames] -> e [B, 1 or frames, C], e0 [B, 1 or frames, 6, C].
+    """
+    waves = models.time_waves(timestep.flatten(), net.freq_dim)
+    e = net.time_embedding(waves.to(dtype))
+    e = e.reshape(timestep.shape[0], -1, e.shape[-1])
+    return e, net.time_projection(e).unflatten(2, (6, net.dim))
+
+
+def embed(net: Any, latent: Tensor) -> Tensor:
+    """Latent [B, C_in, T, H, W] of whole patches -> tokens [B, L, C] in raster order."""
+    return net.patch_embedding(latent.float()).to(latent.dtype).flatten(2).transpose(1, 2)
+
+
+def head(net: Any, tokens: Tensor, e: Tensor, width: int) -> Tensor:
+    """The output latent of rows of one frame.
+
+    Args:
+        tokens: [1, rows * width, C].
+        e: the frame's time embedding [1, 1, C].
+        width: tokens in a row.
+
+    Returns:
+        [C_out, rows * patch height, width * patch width].
+    """
+    _, ph, pw = net.patch_size
+    patches = net.head(tokens, e).view(-1, width, ph, pw, net.out_dim).permute(4, 0, 2, 1, 3)
+    return patches.reshape(net.out_dim, patches.shape[1] * ph, width * pw)
+
+
+# --- A block ---------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Modulation:
@@ -40,14 +167,14 @@ class Modulation:
     frames: Tensor | None = None
     """The frame [n] of each token that this is for, where frames differ."""
 
-    @classmethod
-    def of(cls, block: Any, e0: Tensor) -> Modulation:
-        """e0 [1 or frames, 6, C], the projected time embedding of one batch item."""
-        return cls((models.cast(block.modulation, e0) + e0).unbind(1))
-
     @property
     def per_frame(self) -> bool:
         return len(self.rows[0]) > 1
+
+    @property
+    def gate(self) -> Tensor:
+        """The feed-forward's [1 or n, C]."""
+        return self[5]
 
     def __getitem__(self, i: int) -> Tensor:
         """Row i: [1, C], or [n, C] for each token; made when it is used, as large as the tokens."""
@@ -62,14 +189,24 @@ class Modulation:
         return self if self.frames is None else Modulation(self.rows, self.frames[start:stop])
 
 
-def queries(attention: Any, x: Tensor) -> Tensor:
-    """Normalised queries [B, L, C], before rotation."""
-    return attention.norm_q(attention.q(x))
+def modulation(block: Any, e0: Tensor) -> Modulation:
+    """e0 [1 or frames, 6, C], the projected time embedding of one batch item."""
+    return Modulation((models.cast(block.modulation, e0) + e0).unbind(1))
 
 
-def keys(attention: Any, x: Tensor) -> Tensor:
-    """Normalised keys [B, L, C], before rotation."""
-    return attention.norm_k(attention.k(x))
+def queries(block: Any, y: Tensor) -> Tensor:
+    """Normalised queries [B, L, C] of an attention's input, before rotation."""
+    return block.self_attn.norm_q(block.self_attn.q(y))
+
+
+def keys(block: Any, y: Tensor) -> Tensor:
+    """Normalised keys [B, L, C] of an attention's input, before rotation."""
+    return block.self_attn.norm_k(block.self_attn.k(y))
+
+
+def values(block: Any, y: Tensor) -> Tensor:
+    """Values [B, L, C] of an attention's input."""
+    return block.self_attn.v(y)
 
 
 def rotate(x: Tensor, heads: int, freqs: Tensor) -> Tensor:
@@ -87,14 +224,14 @@ def modulated_norm(norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor
     return torch.addcmul(shift, norm(x), 1 + scale)
 
 
-def attention_input(block: Any, x: Tensor, modulation: Modulation) -> Tensor:
+def attention_input(block: Any, x: Tensor, rows: Modulation) -> Tensor:
     """The modulated, normalised tokens [1, n, C] that self-attention reads."""
-    return modulated_norm(block.norm1, x, modulation[0], modulation[1])
+    return modulated_norm(block.norm1, x, rows[0], rows[1])
 
 
-def attention_output(block: Any, x: Tensor, attended: Tensor, modulation: Modulation) -> Tensor:
+def attention_output(block: Any, x: Tensor, attended: Tensor, rows: Modulation) -> Tensor:
     """x [1, n, C] with the attended values projected, gated and added."""
-    return torch.addcmul(x, block.self_attn.o(attended), modulation[2])
+    return torch.addcmul(x, block.self_attn.o(attended), rows[2])
 
 
 def cross_attention(block: Any, x: Tensor, text: Text, options: dict) -> Tensor:
@@ -104,51 +241,6 @@ def cross_attention(block: Any, x: Tensor, text: Text, options: dict) -> Tensor:
     )
 
 
-def feed_forward(block: Any, x: Tensor, modulation: Modulation) -> Tensor:
+def feed_forward(block: Any, x: Tensor, rows: Modulation) -> Tensor:
     """What the feed-forward adds to tokens x [1, n, C], before its gate."""
-    return block.ffn(modulated_norm(block.norm2, x, modulation[3], modulation[4]))
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The parts of a block that can be exchanged for compiled ones."""
-
-    queries: Callable[..., Tensor] = queries
-    keys: Callable[..., Tensor] = keys
-    feed_forward: Callable[..., Tensor] = feed_forward
-
-
-def per_token(
-    block: Any,
-    x: Tensor,
-    modulation: Modulation,
-    text: Text,
-    options: dict,
-    chunk: ChunkSize,
-    parts: Parts,
-) -> None:
-    """Cross-attention and feed-forward in place on x [1, n, C], `chunk` tokens at a time.
-
-    Nothing here sees another token. Each step adds its result last, so that a chunk that runs out
-    of memory can be repeated.
-    """
-    patches = options.get("patches", {}).get("attn2_patch", ())
-
-    def cross(start: int, stop: int) -> None:
-        part = x[:, start:stop]
-        added = cross_attention(block, part, text, options)
-        if not patches:
-            part.add_(added)
-            return
-        patched = part + added
-        for patch in patches:
-            patched = patch({"x": patched, "transformer_options": options})
-        part.copy_(patched)
-
-    def forward(start: int, stop: int) -> None:
-        part, rows = x[:, start:stop], modulation.part(start, stop)
-        part.addcmul_(parts.feed_forward(block, part, rows), rows[5])
-
-    tokens = range(1, x.shape[1] + 1)
-    in_chunks(tokens, chunk, cross)
-    in_chunks(tokens, chunk, forward)
+    return block.ffn(modulated_norm(block.norm2, x, rows[3], rows[4]))

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from ..comfyui import models
 from ..geometry.grid import Grid
+from ..geometry.shape import BaseShape
+from ..geometry.windows import COMPACT
 from .files import LoraFile, LowRank, read_lora
-from .recipe import BaseShape
 from .view import with_layers
 
 log = logging.getLogger("atlasvid")
@@ -114,25 +115,47 @@ def match(changes: Mapping[str, LowRank], model: nn.Module) -> tuple[dict[str, L
 
 
 @dataclass(frozen=True)
+class Habits:
+    """What a guide LoRA was trained with; the usual where its file does not say."""
+
+    window: Grid = COMPACT
+    guide_noise: str = "clean"
+    guide_weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class GuideLora:
     """A LoRA for the guide stream, with its strength."""
 
     file: LoraFile
     strength: float
 
-    def changes_of(self, model: Any) -> dict[str, LowRank]:
-        """Changes by layer of a WanModel; what does not match is counted in a warning.
+    @property
+    def habits(self) -> Habits:
+        recipe = self.file.recipe
+        if recipe is None:
+            return Habits()
+        return Habits(
+            recipe.window or COMPACT, recipe.guide_noise or "clean", recipe.trained_guide_weight
+        )
+
+    def require_base(self, shape: BaseShape) -> None:
+        """Raises ValueError where the LoRA says that it was trained on a model of another shape."""
+        recipe = self.file.recipe
+        if recipe and recipe.base != shape:
+            raise ValueError(
+                f"{self.file.name} was trained on a model of {recipe.base}; this model has "
+                f"{shape}. Load the model that it was trained on."
+            )
+
+    def changes_of(self, net: Any) -> dict[str, LowRank]:
+        """Changes by layer of a diffusion model; what does not match is counted in a warning.
 
         Raises:
-            ValueError: no layer matches, or the base has another shape.
+            ValueError: no layer matches.
         """
-        file, recipe = self.file, self.file.recipe
-        if recipe and recipe.base != BaseShape.of(model):
-            raise ValueError(
-                f"{file.name} was trained on a Wan of {recipe.base}; this model has "
-                f"{BaseShape.of(model)}. Load the model that it was trained on."
-            )
-        found, lost = match(file.changes, model)
+        file = self.file
+        found, lost = match(file.changes, net)
         if not found:
             raise ValueError(
                 f"None of the {len(file.changes)} layers in {file.name} is a layer of this model, "

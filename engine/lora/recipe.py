@@ -7,9 +7,9 @@ import math
 import tomllib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from ..geometry.grid import Grid
+from ..geometry.shape import BaseShape
 
 KEY = "atlasvid"
 """Metadata key; its value is JSON."""
@@ -20,27 +20,6 @@ def pack_version() -> str:
     """The version in the pack's pyproject.toml."""
     project = Path(__file__).resolve().parents[2] / "pyproject.toml"
     return tomllib.loads(project.read_text("utf-8"))["project"]["version"]
-
-
-@dataclass(frozen=True)
-class BaseShape:
-    """The sizes of a Wan by which a LoRA's base is recognised."""
-
-    dim: int
-    ffn_dim: int
-    layers: int
-    in_dim: int
-
-    @classmethod
-    def of(cls, model: Any) -> BaseShape:
-        """The shape of a WanModel."""
-        return cls(model.dim, model.ffn_dim, len(model.blocks), model.in_dim)
-
-    def __str__(self) -> str:
-        return (
-            f"{self.layers} blocks of width {self.dim} (feed-forward {self.ffn_dim}, "
-            f"{self.in_dim} input channels)"
-        )
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..comfyui import models
+from ..families.family import family_of
 from ..geometry.grid import Grid
 from ..geometry.plan import Plan
 from .latents import require_proxy, upscale_proxy
@@ -76,7 +77,7 @@ def apply_structure_guidance(
     Raises:
         ValueError: unsupported model, or a proxy that does not match the plan.
     """
-    models.require_wan(model)
+    family_of(model)
     require_proxy(proxy, plan)
     clone = model.clone()
     if strength == 0:

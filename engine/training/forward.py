@@ -8,7 +8,7 @@ target only each block's input is kept, and activations are bounded by the chunk
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,22 +16,27 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..branch.block_task import BlockTask
-from ..branch.forward import DetailForward
-from ..branch.guide import GuideStream
+from ..branch.block_task import BlockTask, Pair
+from ..branch.compiled import parts_of
+from ..branch.ends import embed, head
+from ..branch.evaluation import Evaluation
+from ..branch.guide import GuideInput, guide_input
+from ..branch.memory import MemoryPlan
 from ..branch.run import SamplingRun
 from ..branch.settings import DetailSettings
-from ..branch.shifted import ShiftedAttention
+from ..branch.shifted import ShiftedAttention, WindowOrder
 from ..comfyui import management, models
 from ..device.chunks import ChunkSize
-from ..device.tokens import DeviceTokens
-from ..families import wan
+from ..device.tokens import DeviceTokens, Tokens
+from ..families.family import Family, Modulation, Text
 from ..geometry.plan import Plan
+from ..geometry.windows import ShiftedWindows
 from ..lora.view import with_layers
 
 recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 CUDA_CHUNK, CPU_CHUNK = 8_192, 2_048
 """Past these sizes a larger chunk gains no speed."""
+NOTHING_KEPT = MemoryPlan(0, tokens_on_device=True, ring_on_device=True, guide="recompute")
 
 
 def proxy_forward(view: Any, plan: Plan, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
@@ -61,173 +66,131 @@ def training_options() -> dict[str, Any]:
     return {"optimized_attention_override": models.differentiable_attention}
 
 
+@dataclass(frozen=True)
+class Nets:
+    """The two views of the model in stage guide."""
+
+    frozen: Any
+    """What target tokens pass."""
+    adapted: Any
+    """With the adapters: what guide tokens pass."""
+
+
 def guide_forward(
-    model: Any,
-    guide_model: Any,
+    nets: Nets,
+    family: Family,
     settings: DetailSettings,
-    x: Tensor,
-    timestep: Tensor,
-    context: Tensor,
+    given: tuple[Tensor, Tensor, Tensor],
     chunk: ChunkSize,
 ) -> Tensor:
-    """The detail branch on x [B, C, T, H, W] -> [B, C, T, H, W].
+    """The detail branch of inference with nothing of the whole target written in place.
 
     Args:
-        model: the frozen view that target tokens pass.
-        guide_model: the view with adapters that guide tokens pass.
-        settings: plan, window, guide noise and the clip's own proxy.
+        settings: layout, guide noise and the clip's own proxy.
+        given: x [B, C, T, H, W], timestep [B] and the text's context.
         chunk: target tokens whose activations are alive at a time.
+
+    Returns:
+        [B, C, T, H, W].
     """
-    return TrainedDetail(model, guide_model, settings, chunk)(x, timestep, context, None)
+    x, timestep, context = given
+    net, options = nets.frozen, training_options()
+    with torch.no_grad():
+        ev = Evaluation(
+            net=net,
+            family=family,
+            settings=settings,
+            run=SamplingRun(seed=0),
+            options=options,
+            x=x,
+            timestep=timestep,
+            text=family.text(net, family.conditioning(context, (), {})),
+            parts=parts_of(family, None),
+            memory=NOTHING_KEPT,
+            chunk=chunk,
+        )
+        tokens: list[Tokens] = [
+            DeviceTokens(item)
+            for item in x.new_empty((len(x), ev.plan.tokens.count, family.shape(net).dim))
+        ]
+        embed(ev, tokens)
+        e, e0 = family.time_embedding(net, timestep, x.dtype)
+    windows = settings.layout.windows
+    assert isinstance(windows, ShiftedWindows), "only disjoint windows are trained"
+    rope = family.rotations(net, {})
+    attention = ShiftedAttention(windows, settings.layout.alignment, rope)
+    keys_of_blocks = guide_keys(ev, nets.adapted)
+    for i, block in enumerate(family.blocks(net)):
+        keys, values = next(keys_of_blocks)
+        order = attention.order(i, x.device, x.device)
+        for b, store in enumerate(tokens):
+            management.raise_if_cancelled()
+            rows, pair = family.modulation(block, e0[b]), (keys[b], values[b])
+            task = BlockTask(ev, block, store, rows, ev.text.of(b), pair)
+            tokens[b] = DeviceTokens(evaluated(attention, order, task))
+    return head(ev, tokens, e)
 
 
-class TrainedDetail(DetailForward):
-    """The detail branch of inference with nothing of the whole target written in place."""
+def evaluated(attention: ShiftedAttention, order: WindowOrder, task: BlockTask) -> Tensor:
+    """One block on one item's tokens, some windows at a time -> [L, C]."""
+    ev, block, guide = task.ev, task.block, task.guide
+    assert guide is not None
+    in_order = task.tokens.read(order.tokens)
+    results, start = [], 0
+    while start < len(order.ends):
+        stop = ev.chunk.stop(start, order.ends)
+        span = order.span(start, stop)
 
-    def __init__(self, model: Any, guide_model: Any, settings: DetailSettings, chunk: ChunkSize):
-        super().__init__(model, settings, SamplingRun(seed=0), training_options())
-        self.guide_model = guide_model
-        self.chunk = chunk
+        def compute(
+            x: Tensor,
+            keys: Tensor,
+            values: Tensor,
+            windows: tuple[int, int] = (start, stop),
+            index: Tensor = order.tokens[span],
+        ) -> Tensor:
+            rows, own = task.modulation_of(index), replace(task, guide=(keys, values))
+            y = ev.family.attention_input(block, x[None], rows)
+            attended = attention.attended(own, order, *windows, y)
+            x = ev.family.attention_output(block, x[None], attended, rows)
+            return rest_of_block(ev, block, x, rows, task.text)[0]
 
-    def __call__(
-        self, x: Tensor, timestep: Tensor, context: Tensor, clip_fea: Tensor | None
-    ) -> Tensor:
-        with torch.no_grad():
-            tokens = [DeviceTokens(item) for item in self._empty(x)]
-            self._embed(x, list(tokens), self.chunk)
-            e, e0 = models.time_embedding(self.model, timestep, x.dtype)
-            text = self._text(context, clip_fea)
-        guide = TrainedGuide(
-            self.guide_model,
-            self.settings,
-            self.run,
-            self.options,
-            self._plan_memory(x),
-            self.chunk,
-            x,
-            timestep,
-            text,
-        ).keys_of_blocks()
-        for i, block in enumerate(self.model.blocks):
-            keys, values = next(guide)
-            for b, item in enumerate(tokens):
-                new = self._item(i, block, item.values, e0[b], text.of(b), keys[b], values[b])
-                tokens[b] = DeviceTokens(new)
-        return self._head(list(tokens), e, x, self.chunk)
-
-    def _empty(self, x: Tensor) -> Tensor:
-        """Room for the target's tokens [B, F * h * w, C]."""
-        return x.new_empty((len(x), self.plan.tokens.count, self.model.dim))
-
-    def _item(
-        self,
-        index: int,
-        block: Any,
-        tokens: Tensor,
-        e0: Tensor,
-        text: wan.Text,
-        guide_keys: Tensor,
-        guide_values: Tensor,
-    ) -> Tensor:
-        """One block on one item's tokens [L, C], some windows at a time -> [L, C]."""
-        management.raise_if_cancelled()
-        attention = self.attention
-        assert isinstance(attention, ShiftedAttention), "only disjoint windows are trained"
-        order = attention.order(index, tokens.device, tokens.device)
-        in_order = tokens[order.tokens]
-        modulation = wan.Modulation.of(block, e0)
-        results, start = [], 0
-        while start < len(order.ends):
-            stop = self.chunk.stop(start, order.ends)
-
-            def compute(
-                x: Tensor, keys: Tensor, values: Tensor, start: int = start, stop: int = stop
-            ) -> Tensor:
-                task = WindowTask(
-                    block,
-                    DeviceTokens(x),
-                    self.plan.tokens,
-                    modulation,
-                    text,
-                    (keys, values),
-                    self.model.num_heads,
-                    self.options,
-                    self.chunk,
-                    x.device,
-                    guide_weight=self.settings.guide_weight,
-                )
-                attention.evaluate_windows(task, order, start, stop)
-                return task.results[0]
-
-            x = in_order[order.span(start, stop)]
-            results.append(recompute(compute, x, guide_keys, guide_values))
-            start = stop
-        inverse = torch.empty_like(order.tokens)
-        inverse[order.tokens] = torch.arange(len(inverse), device=inverse.device)
-        return torch.cat(results)[inverse]
+        results.append(recompute(compute, in_order[span], *guide))
+        start = stop
+    inverse = torch.empty_like(order.tokens)
+    inverse[order.tokens] = torch.arange(len(inverse), device=inverse.device)
+    return torch.cat(results)[inverse]
 
 
-@dataclass(frozen=True)
-class WindowTask(BlockTask):
-    """A block on nothing but the windows under evaluation; the result is kept, not written back.
-
-    `tokens` are those windows' [n, C], in their order.
-    """
-
-    results: list[Tensor] = field(default_factory=list)
-
-    def read(self, index: Tensor) -> tuple[Tensor, wan.Modulation]:
-        assert isinstance(self.tokens, DeviceTokens)
-        return self.tokens.values[None], self.modulation_of(index)
-
-    def finish(
-        self, x: Tensor, attended: Tensor, modulation: wan.Modulation, index: Tensor
-    ) -> None:
-        out = wan.attention_output(self.block, x, attended, modulation)
-        out = rest_of_block(self.block, out, modulation, self.text, self.options)
-        self.results.append(out[0])
+def rest_of_block(ev: Evaluation, block: Any, x: Tensor, rows: Modulation, text: Text) -> Tensor:
+    """Cross-attention and feed-forward of tokens [1, n, C], as `per_token` in place."""
+    x = x + ev.family.cross_attention(block, x, text, ev.options)
+    return torch.addcmul(x, ev.family.feed_forward(block, x, rows), rows.gate)
 
 
-def rest_of_block(
-    block: Any, x: Tensor, modulation: wan.Modulation, text: wan.Text, options: dict
-) -> Tensor:
-    """Cross-attention and feed-forward of tokens [1, n, C], as `wan.per_token` in place."""
-    x = x + wan.cross_attention(block, x, text, options)
-    return torch.addcmul(x, wan.feed_forward(block, x, modulation), modulation[5])
+def guide_keys(ev: Evaluation, net: Any) -> Iterator[Pair]:
+    """Per block: unrotated keys and values [B, L_g, C] through the adapters, recomputed."""
+    with torch.no_grad():
+        given = guide_input(ev, net)
+    tokens = given.tokens
+    for block in ev.family.blocks(net):
+        tokens, keys, values = recompute(partial(guide_block, ev, block, given), tokens)  # pyright: ignore[reportGeneralTypeIssues]
+        yield keys, values
 
 
-class TrainedGuide(GuideStream):
-    """The guide stream of inference through the adapters, each block recomputed."""
-
-    def keys_of_blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Per block: unrotated keys and values [B, L_g, C]."""
-        with torch.no_grad():
-            timestep = self._timestep()
-            tokens = self._embed(self._latent(timestep))
-            _, e0 = models.time_embedding(self.model, timestep, self.x.dtype)
-            freqs = self._own_positions(tokens.device)
-        for block in self.model.blocks:
-            tokens, keys, values = recompute(partial(self._block, block, e0, freqs), tokens)  # pyright: ignore[reportGeneralTypeIssues]
-            yield keys, values
-
-    def _block(
-        self, block: Any, e0: Tensor, freqs: Tensor, tokens: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """One block on guide tokens [B, L_g, C] -> the block's output, and its keys and values."""
-        heads, items = self.model.num_heads, []
-        for b, x in enumerate(tokens.split(1)):
-            modulation = wan.Modulation.of(block, e0[b])
-            y = wan.attention_input(block, x, modulation)
-            keys, values = wan.keys(block.self_attn, y), block.self_attn.v(y)
-            attended = models.attention(
-                wan.rotate(wan.queries(block.self_attn, y), heads, freqs),
-                wan.rotate(keys, heads, freqs),
-                values,
-                heads,
-                self.options,
-            )
-            out = wan.attention_output(block, x, attended, modulation)
-            out = rest_of_block(block, out, modulation, self.text.of(b), self.options)
-            items.append((out, keys, values))
-        out, keys, values = (torch.cat(parts) for parts in zip(*items, strict=True))
-        return out, keys, values
+def guide_block(
+    ev: Evaluation, block: Any, given: GuideInput, tokens: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One block on guide tokens [B, L_g, C] -> the block's output, and its keys and values."""
+    family, items = ev.family, []
+    for b, x in enumerate(tokens.split(1)):
+        rows = family.modulation(block, given.e0[b])
+        y = family.attention_input(block, x, rows)
+        keys, values = family.keys(block, y), family.values(block, y)
+        q, k = (
+            family.rotate(each, ev.heads, given.freqs) for each in (family.queries(block, y), keys)
+        )
+        attended = models.attention(q, k, values, ev.heads, ev.options)
+        out = family.attention_output(block, x, attended, rows)
+        items.append((rest_of_block(ev, block, out, rows, ev.text.of(b)), keys, values))
+    out, keys, values = (torch.cat(parts) for parts in zip(*items, strict=True))
+    return out, keys, values

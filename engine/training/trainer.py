@@ -15,14 +15,16 @@ from ..branch.settings import DetailSettings
 from ..comfyui import management, models
 from ..device import copies
 from ..device.chunks import ChunkSize
+from ..families.family import family_of
 from ..geometry.grid import Grid
+from ..geometry.layout import Layout
 from ..geometry.plan import Plan
-from ..lora.recipe import STAGES, BaseShape, Recipe, pack_version
+from ..lora.recipe import STAGES, Recipe, pack_version
 from .adapters import TARGETS, build_adapters, require_rank
 from .cache import Dataset, Sample
 from .curve import save_losses
 from .files import save_tensors
-from .forward import CPU_CHUNK, CUDA_CHUNK, guide_forward, proxy_forward
+from .forward import CPU_CHUNK, CUDA_CHUNK, Nets, guide_forward, proxy_forward
 from .frozen import frozen_view
 from .objective import NoiseLevels, flow_loss, noised, sample_order, step_generator
 from .state import TrainingState
@@ -150,21 +152,23 @@ def require_trainable(model: Any, plan: Plan, settings: TrainSettings) -> None:
     Raises:
         ValueError: says what was given and what to change.
     """
-    space = models.latent_space(model)
+    family = family_of(model)
+    space = family.latent_space(model)
     if space != plan.space:
         raise ValueError(
             "The plan was made for another kind of model. Connect the same model to the plan."
         )
-    wan = model.model.diffusion_model
-    if wan.in_dim != space.channels:
+    net = model.model.diffusion_model
+    in_dim = family.shape(net).in_dim
+    if in_dim != space.channels:
         raise ValueError(
-            f"This model takes {wan.in_dim} input channels, {wan.in_dim - space.channels} of "
+            f"This model takes {in_dim} input channels, {in_dim - space.channels} of "
             "them for an image. Train on a text-to-video model (Wan 2.1 T2V, 2.2 T2V A14B or "
             "2.2 TI2V-5B)."
         )
     if settings.stage == "guide" and settings.window is None:
         raise ValueError("Stage guide needs a window.")
-    require_rank(wan, settings.rank)
+    require_rank(net, settings.rank)
 
 
 class Trainer:
@@ -189,7 +193,7 @@ class Trainer:
         cards: Cards = ONE_CARD,
     ):
         require_trainable(model, plan, settings)
-        wan = model.model.diffusion_model
+        self.family = family_of(model)
         self.plan = plan
         self.settings = settings
         self.path = path
@@ -197,14 +201,14 @@ class Trainer:
         self.cards = cards
         self.dtype = PRECISIONS[settings.precision]
         self.state_path = folder / "state.safetensors"
-        self.base = BaseShape.of(wan)
-        self.patcher = management.load_for_training(model, self.dtype, self.activation_bytes(wan))
+        self.base = self.family.shape(model.model.diffusion_model)
+        self.patcher = management.load_for_training(model, self.dtype, self.activation_bytes())
         self.device = management.load_device(self.patcher)
         self.chunk = ChunkSize(CPU_CHUNK if self.device.type == "cpu" else CUDA_CHUNK)
-        self.wan = self.patcher.model.diffusion_model
+        net = self.patcher.model.diffusion_model
         with torch.inference_mode(False):
             self.adapters = build_adapters(
-                self.wan,
+                net,
                 settings.rank,
                 settings.alpha,
                 settings.targets,
@@ -214,18 +218,18 @@ class Trainer:
             self.optimizer = make_optimizer(
                 settings.optimizer, self.adapters.parameters(), settings.rate
             )
-            self.frozen = frozen_view(self.wan)
+            self.frozen = frozen_view(net)
         self.losses: list[float] = []
         self.step = 0
 
-    def activation_bytes(self, wan: Any) -> int:
+    def activation_bytes(self) -> int:
         """About what a step keeps: every block's input, and a chunk's activations."""
-        width = self.dtype.itemsize * wan.dim
+        width = self.dtype.itemsize * self.base.dim
         tokens = self.plan.proxy_tokens.count
         chunk = tokens
         if self.settings.stage == "guide":
             tokens, chunk = tokens + self.plan.tokens.count, max(tokens, CUDA_CHUNK)
-        return (len(wan.blocks) + 8) * tokens * width + 60 * chunk * width
+        return (self.base.layers + 8) * tokens * width + 60 * chunk * width
 
     # --- One step ---------------------------------------------------------------------------
 
@@ -352,22 +356,19 @@ class Trainer:
     def predict(self, x: Tensor, sigma: float, text: Tensor, sample: Sample) -> Tensor:
         """The model's velocity for x [1, C, T, H, W]."""
         x, text = (tensor.to(self.device, self.dtype) for tensor in (x, text))
-        timestep = torch.tensor([1000 * sigma], device=self.device)
+        timestep = torch.tensor([self.family.TIMESTEPS * sigma], device=self.device)
         if self.settings.stage == "proxy":
             return proxy_forward(self.adapters.view, self.plan, x, timestep, text)
         window = self.settings.window
         assert window is not None
         detail = DetailSettings(
-            plan=self.plan,
-            window=window.clipped(self.plan.tokens),
-            overlap="shifted",
-            guide_noise="clean",
-            proxy=models.process_latent_in(self.patcher, sample.guide),
-            sigma_start=1.0,
-            sigma_end=0.0,
+            Layout(self.plan, window),
+            "clean",
+            models.process_latent_in(self.patcher, sample.guide),
             guide_weight=self.settings.guide_weight,
         )
-        return guide_forward(self.frozen, self.adapters.view, detail, x, timestep, text, self.chunk)
+        nets = Nets(self.frozen, self.adapters.view)
+        return guide_forward(nets, self.family, detail, (x, timestep, text), self.chunk)
 
     # --- Files ------------------------------------------------------------------------------
 

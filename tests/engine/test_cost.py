@@ -11,12 +11,13 @@ from atlasvid.engine.estimate import calibration, cost, overview
 from atlasvid.engine.estimate.cost import ModelShape, Rates, Settings
 from atlasvid.engine.families import tiny
 from atlasvid.engine.geometry.grid import Grid
+from atlasvid.engine.geometry.layout import Layout
 from atlasvid.engine.geometry.plan import make_plan
 from atlasvid.engine.geometry.windows import COMPACT, SlidingWindows
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from wan import WAN21, forward, plan_of, rand, small_wan
 
-SHAPE = ModelShape("small", dim=256, layers=3, ffn_dim=512, text_tokens=16)
+SHAPE = ModelShape(name="small", dim=256, layers=3, ffn_dim=512, text_tokens=16)
 UHD = make_plan(WAN21, 3840, 2160, 10.0, 16.0, 480, 4)
 MACHINE = cost.Machine(card=24 * 2**30, host=64 * 2**30, disk=200 * 2**30)
 RATES = Rates(1e14, 1e14, 1e12, 2e13, 1e10)
@@ -124,7 +125,7 @@ def test_flops_of_the_decoder():
 def test_paper_s_reduction_of_attention():
     """1208.2 x fewer FLOPs per layer at 4K x 161 frames (AtlasVid, table of the abstract)."""
     tokens = UHD.tokens.count
-    keys = COMPACT.count + cost.guide_keys(UHD, COMPACT)
+    keys = sum(Layout(UHD, COMPACT).keys)
     assert tokens / keys == pytest.approx(1208.2, rel=0.01)
 
 
@@ -212,7 +213,7 @@ def test_overview_knows_a_model_by_its_file(tmp_path, monkeypatch):
     save_file({f"model.diffusion_model.{name}": value for name, value in state.items()}, file)
     shape = overview.shape_of_file(file)
     assert shape is not None
-    assert (shape.dim, shape.layers, shape.ffn_dim, shape.in_channels) == (384, 2, 640, 16)
+    assert (shape.dim, shape.layers, shape.ffn_dim, shape.in_dim) == (384, 2, 640, 16)
     assert shape.weight_bytes == file.stat().st_size
     loaded = overview.shape_of_model(small_wan())
     assert (loaded.dim, loaded.layers, loaded.ffn_dim, loaded.out_channels) == (256, 3, 512, 16)

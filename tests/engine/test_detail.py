@@ -5,9 +5,10 @@ import torch
 from atlasvid.engine.branch import block_task
 from atlasvid.engine.branch import forward as engine_forward
 from atlasvid.engine.branch.apply import apply_detail_branch
-from atlasvid.engine.branch.settings import GUIDE_NOISE, OVERLAPS, auto_guide_weight
+from atlasvid.engine.branch.settings import GUIDE_NOISE, auto_guide_weight
 from atlasvid.engine.comfyui import models
 from atlasvid.engine.geometry.grid import Grid
+from atlasvid.engine.geometry.layout import OVERLAPS
 from dense_reference import dense_forward
 from wan import forward, plan_of, rand, relative_error, small_wan
 

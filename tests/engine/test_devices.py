@@ -103,7 +103,7 @@ def card(monkeypatch):
     monkeypatch.setattr(copies, "Mark", NoMark)
     monkeypatch.setattr(tokens, "ThreadPoolExecutor", AtOnce)
     monkeypatch.setattr(
-        copies, "copies_buffer", lambda shape, dtype, _: torch.empty(shape, dtype=dtype)
+        copies, "host_buffer", lambda shape, dtype, _: torch.empty(shape, dtype=dtype)
     )
     monkeypatch.setattr(
         copies, "upload", lambda buffer, device: buffer.to(device, non_blocking=True)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from atlasvid.engine.comfyui import management, models
 from atlasvid.engine.families import tiny
+from atlasvid.engine.families.family import latent_space
 from atlasvid.engine.geometry import space
 from comfy.model_patcher import ModelPatcher
 from wan import small_wan
@@ -56,11 +57,11 @@ def small_vace() -> ModelPatcher:
 )
 def test_other_models_are_named_beside_those_supported(make, name: str) -> None:
     with pytest.raises(ValueError, match=rf"recognised as {name}.*Supported are Wan 2\.1"):
-        models.latent_space(make())
+        latent_space(make())
 
 
 def test_a_plain_wan_is_accepted() -> None:
-    assert models.latent_space(small_wan()) == space.LatentSpace(16, 8, 4, (1, 2, 2))
+    assert latent_space(small_wan()) == space.LatentSpace(16, 8, 4, (1, 2, 2))
 
 
 def test_a_tensor_that_does_not_fit_is_none() -> None:

@@ -357,21 +357,21 @@ def test_the_recipe_survives_the_file_and_sets_auto(wan, tmp_path):
     assert lora.file.recipe == recipe
     lora.changes_of(wan.model.diffusion_model)
     plan, custom = plan_of((5, 8, 12), (2, 4, 6)), Grid(1, 1, 1)
-    assert preset_window("auto", plan, custom, lora) == (3, 5, 6)
-    assert preset_guide_noise("auto", lora) == "matched"
-    assert preset_guide_weight("auto", lora, 90, 30) == 6.5
-    assert preset_guide_weight("2", lora, 90, 30) == 2
-    assert preset_window("compact", plan, custom, lora) == (4, 16, 16)
-    assert preset_guide_noise("clean", lora) == "clean"
+    assert preset_window("auto", plan, custom, lora.habits) == (3, 5, 6)
+    assert preset_guide_noise("auto", lora.habits) == "matched"
+    assert preset_guide_weight("auto", lora.habits, 90, 30) == 6.5
+    assert preset_guide_weight("2", lora.habits, 90, 30) == 2
+    assert preset_window("compact", plan, custom, lora.habits) == (4, 16, 16)
+    assert preset_guide_noise("clean", lora.habits) == "clean"
 
 
 def test_auto_with_a_lora_of_unknown_origin_and_without_one(tmp_path):
     path = saved(tmp_path / "a.safetensors", pair("diffusion_model.blocks.0.ffn.0", 256, 512))
     lora = load_guide_lora(path, 1.0)
     plan, custom = plan_of((5, 8, 12), (2, 4, 6)), Grid(1, 1, 1)
-    assert preset_window("auto", plan, custom, lora) == (4, 16, 16)
-    assert preset_guide_noise("auto", lora) == "clean"
-    assert preset_guide_weight("auto", lora, 90, 30) == 1
+    assert preset_window("auto", plan, custom, lora.habits) == (4, 16, 16)
+    assert preset_guide_noise("auto", lora.habits) == "clean"
+    assert preset_guide_weight("auto", lora.habits, 90, 30) == 1
     assert preset_window("auto", plan, custom) == (2, 2, 3)
     assert preset_guide_noise("auto", None) == "matched"
     assert preset_guide_weight("auto", None, 90, 30) == auto_guide_weight(90, 30)

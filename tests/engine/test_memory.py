@@ -3,25 +3,33 @@ import pytest
 import torch
 from atlasvid.engine.branch import weighted
 from atlasvid.engine.branch.block_task import BlockTask
+from atlasvid.engine.branch.compiled import parts_of
+from atlasvid.engine.branch.evaluation import Evaluation
 from atlasvid.engine.branch.memory import (
     CUDA_CHUNK,
     MIN_CHUNK,
+    MemoryPlan,
     Workload,
     plan_memory,
     room_to_ask_for,
     wanted_bytes,
 )
-from atlasvid.engine.branch.rotations import RopeAxes
+from atlasvid.engine.branch.run import SamplingRun
+from atlasvid.engine.branch.settings import DetailSettings
 from atlasvid.engine.branch.shifted import ShiftedAttention
 from atlasvid.engine.comfyui import models
 from atlasvid.engine.device import copies
 from atlasvid.engine.device.budget import GIB, parse_budget
 from atlasvid.engine.device.chunks import ChunkSize
 from atlasvid.engine.device.tokens import DeviceTokens
+from atlasvid.engine.families import wan as wan_family
+from atlasvid.engine.families.rotations import RopeAxes
 from atlasvid.engine.geometry.alignment import GuideAlignment
 from atlasvid.engine.geometry.grid import Grid
+from atlasvid.engine.geometry.layout import Layout
 from atlasvid.engine.geometry.windows import COMPACT, ShiftedWindows
 from memory_trace import MemoryTrace
+from wan import plan_of
 
 META = torch.device("meta")
 
@@ -138,26 +146,36 @@ def chunk_peak(dim, ffn_dim, window, chunk, weight):
     def vectors(*shape):
         return torch.empty((*shape, dim), dtype=torch.bfloat16, device=META)
 
-    task = BlockTask(
-        block=wan.blocks[0],
-        tokens=DeviceTokens(vectors(grid.count)),
-        grid=grid,
-        modulation=wan.Modulation(tuple(vectors(1) for _ in range(6))),
-        text=wan.Text(vectors(1, 512), None),
-        guide=(vectors(guide_grid.count), vectors(guide_grid.count)),
-        heads=wan.num_heads,
+    layout = Layout(plan_of((41, 120, 208), (11, 60, 104)), window)
+    settings = DetailSettings(layout, "matched", proxy=vectors(1), guide_weight=weight)
+    ev = Evaluation(
+        net=wan,
+        family=wan_family,
+        settings=settings,
+        run=SamplingRun(seed=0),
         options={"optimized_attention_override": rounding_kernel},
+        x=vectors(1),
+        timestep=vectors(1),
+        text=wan_family.Text(vectors(1, 512), None),
+        parts=parts_of(wan_family, None),
+        memory=MemoryPlan(chunk, True, True, "device"),
         chunk=ChunkSize(chunk),
-        device=META,
-        guide_weight=weight,
+    )
+    task = BlockTask(
+        ev,
+        wan.blocks[0],
+        DeviceTokens(vectors(grid.count)),
+        wan_family.Modulation(tuple(vectors(1) for _ in range(6))),
+        ev.text,
+        (vectors(guide_grid.count), vectors(guide_grid.count)),
     )
     order = attention.order(0, META, META)
-    stop = task.chunk.stop(0, order.ends)
+    stop = ev.chunk.stop(0, order.ends)
     with torch.no_grad(), MemoryTrace() as trace:
         for known in (task.tokens.values, *wan.parameters()):  # not counted when viewed later
             known.zero_()
         before = trace.live
-        attention.evaluate_windows(task, order, 0, stop)
+        attention._evaluate(task, order, 0, stop)
     return order.ends[stop - 1], trace.peak - before
 
 

@@ -13,6 +13,7 @@ from atlasvid.engine.branch.apply import apply_detail_branch
 from atlasvid.engine.branch.run import SamplingRun
 from atlasvid.engine.comfyui import models
 from atlasvid.engine.families import tiny
+from atlasvid.engine.families.family import latent_space
 from atlasvid.engine.geometry.grid import Grid
 from wan import forward, plan_of, rand, relative_error, small_wan
 
@@ -68,7 +69,7 @@ def merged(lora):
 
 def equal_to_stock(model, channels=16, **kwargs):
     """With one window and no guide, the branch is the stock forward of this very model."""
-    plan = plan_of(LATENT, PROXY, space=models.latent_space(model))
+    plan = plan_of(LATENT, PROXY, space=latent_space(model))
     x, t = rand(1, channels, *LATENT, seed=1), torch.tensor([600.0])
     context = rand(1, 16, 4096, seed=2)
     ours = forward(apply_detail_branch(model, plan, None, WHOLE, "clean"), x, t, context, **kwargs)
@@ -76,7 +77,7 @@ def equal_to_stock(model, channels=16, **kwargs):
 
 
 def branch(model, guide_noise="clean"):
-    space = models.latent_space(model)
+    space = latent_space(model)
     plan = plan_of(LATENT, PROXY, space=space)
     proxy = rand(1, space.channels, *PROXY, seed=4)
     return apply_detail_branch(model, plan, proxy, Grid(2, 3, 3), guide_noise)
@@ -154,7 +155,7 @@ def test_ti2v_5b(guide_noise):
     """Wan 2.2 TI2V-5B: 48 channels at 1/16 size, and per-frame timesteps with a start image."""
     model = small_wan(**SMALL, in_dim=48, out_dim=48)
     assert type(model.model) is comfy.model_base.WAN22
-    space = models.latent_space(model)
+    space = latent_space(model)
     assert (space.channels, space.spatial) == (48, 16)
     assert equal_to_stock(model, channels=48)
     latent = rand(1, 48, *LATENT, seed=5)

@@ -89,11 +89,11 @@ class Studio:
 
     def plan(self, factor: int, stride: int, latents: int) -> Any:
         """A plan of `factor` times the trained size, from a proxy of so many latent frames."""
-        from atlasvid.engine.comfyui import models
+        from atlasvid.engine.families.family import latent_space
         from atlasvid.engine.geometry.plan import make_plan
 
         seconds = 4 * stride * (latents - 1) / FPS
-        space = models.latent_space(self.model)
+        space = latent_space(self.model)
         width, height = factor * WIDTH, factor * HEIGHT
         return make_plan(space, width, height, max(seconds, 0.01), FPS, HEIGHT, stride)
 

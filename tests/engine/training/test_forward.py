@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from atlasvid.engine.branch.settings import DetailSettings
 from atlasvid.engine.comfyui import management, models
 from atlasvid.engine.device.chunks import ChunkSize
+from atlasvid.engine.families import wan as wan_family
 from atlasvid.engine.geometry.grid import Grid
+from atlasvid.engine.geometry.layout import Layout
 from atlasvid.engine.training.adapters import ADAPTER, build_adapters
-from atlasvid.engine.training.forward import guide_forward, proxy_forward
+from atlasvid.engine.training.forward import Nets, guide_forward, proxy_forward
 from atlasvid.engine.training.frozen import frozen_view
 from dense_reference import dense_forward
 from peft import LoraConfig, get_peft_model
@@ -112,19 +114,13 @@ def test_guide_gradients_equal_the_dense_reference(
     t, target = torch.full((batch,), 600.0), rand(batch, 16, *latent, seed=3)
     proxy = rand(1, 16, *proxy_latent, seed=4)
     plan = plan_of(latent, proxy_latent, stride)
-    settings = DetailSettings(
-        plan,
-        Grid(*window).clipped(plan.tokens),
-        "shifted",
-        guide_noise,
-        proxy,
-        1,
-        0,
-        guide_weight=weight,
-    )
+    layout = Layout(plan, Grid(*window))
+    settings = DetailSettings(layout, guide_noise, proxy, guide_weight=weight)
     with management.training():
         chunk = ChunkSize(chunk)
-        ours = guide_forward(frozen_view(wan), adapters.view, settings, x, t, context, chunk)
+        ours = guide_forward(
+            Nets(frozen_view(wan), adapters.view), wan_family, settings, (x, t, context), chunk
+        )
         mine = gradients(adapters, F.mse_loss(ours, target))
 
     guide, guide_t = proxy.expand(batch, -1, -1, -1, -1), torch.zeros(batch)
@@ -186,14 +182,16 @@ def test_weights_from_inference_mode_and_in_another_type(wan):
             linear.weight.data = linear.weight.bfloat16().float()
     assert stored.blocks[0].ffn[0].weight.is_inference()
     plan = plan_of((5, 8, 8), (2, 4, 4))
-    settings = DetailSettings(plan, Grid(2, 2, 2), "shifted", "clean", rand(1, 16, 2, 4, 4), 1, 0)
+    settings = DetailSettings(Layout(plan, Grid(2, 2, 2)), "clean", rand(1, 16, 2, 4, 4))
     x, t, context = rand(1, 16, 5, 8, 8), torch.tensor([500.0]), rand(1, 16, 4096)
     results = []
     for model in (stored, rounded):
         built = build_adapters(model, 4, 4.0, "attention", 0, CPU)
         with management.training():
             chunk = ChunkSize(2048)
-            out = guide_forward(frozen_view(model), built.view, settings, x, t, context, chunk)
+            out = guide_forward(
+                Nets(frozen_view(model), built.view), wan_family, settings, (x, t, context), chunk
+            )
             results.append(gradients(built, out.square().mean()))
     same_gradients(*results)
 
@@ -201,9 +199,7 @@ def test_weights_from_inference_mode_and_in_another_type(wan):
 def kept_bytes(wan, adapters, latent):
     """What autograd keeps between the forward and the backward pass."""
     plan = plan_of(latent, (2, 4, 4))
-    settings = DetailSettings(
-        plan, Grid(4, 4, 4).clipped(plan.tokens), "shifted", "clean", rand(1, 16, 2, 4, 4), 1, 0
-    )
+    settings = DetailSettings(Layout(plan, Grid(4, 4, 4)), "clean", rand(1, 16, 2, 4, 4))
     kept = {}
 
     def keep(tensor):
@@ -216,7 +212,9 @@ def kept_bytes(wan, adapters, latent):
     with management.training(), hooks:
         t, context = torch.tensor([500.0]), rand(1, 16, 4096)
         chunk = ChunkSize(2048)
-        guide_forward(frozen_view(wan), adapters.view, settings, x, t, context, chunk)
+        guide_forward(
+            Nets(frozen_view(wan), adapters.view), wan_family, settings, (x, t, context), chunk
+        )
     return sum(size for _, size in kept.values())
 
 

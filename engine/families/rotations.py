@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ class RopeAxes:
     """
 
     embedder: Any
-    options: dict
+    options: Mapping[str, float]
 
     def table(self, axis: int, positions: Tensor) -> Tensor:
         """Rotations of one axis for positions [n] -> [n, axes_dim[axis] / 2, 2, 2]."""
