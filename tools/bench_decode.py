@@ -207,7 +207,7 @@ def picture() -> None:
     """Where the stock tiled decode and ours differ from untiled, on one latent."""
     import torch
     from atlasvid.engine.vae.decode import TiledDecoder
-    from atlasvid.engine.vae.regions import Grid
+    from atlasvid.engine.vae.regions import TileGrid
 
     vae, latent = random_vae(16, "float32"), random_latent(PICTURE)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
@@ -215,7 +215,7 @@ def picture() -> None:
         stock = decode("stock tiled", vae, latent, Path(folder))
     tiled = TiledDecoder(vae, latent)
     ours = torch.zeros_like(untiled)
-    for block in tiled.blocks(Grid(*PICTURE[1:], 3, 3)):
+    for block in tiled.blocks(TileGrid(*PICTURE[1:], 3, 3)):
         images, box = tiled.images(block), block.box
         rows, cols = slice(box.rows.start, box.rows.stop), slice(box.cols.start, box.cols.stop)
         ours[block.start : block.start + len(images), rows, cols] = images

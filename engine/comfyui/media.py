@@ -144,11 +144,11 @@ def scale_and_crop(images: Tensor, width: int, height: int) -> Tensor:
     return scaled.movedim(1, -1)
 
 
-def encode_frames(vae: Any, pixels: Tensor) -> Tensor:
+def encode_pixels(vae: Any, pixels: Tensor) -> Tensor:
     """Frames [N, H, W, 3] in 0 to 1 -> ComfyUI latent [1, C, T, H', W'], float32 on the CPU."""
     return vae.encode(pixels).float().cpu()
 
 
-def vae_state(vae: Any) -> dict[str, Tensor]:
+def vae_weights(vae: Any) -> dict[str, Tensor]:
     """The weights of a VAE."""
     return vae.first_stage_model.state_dict()

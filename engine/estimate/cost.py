@@ -11,15 +11,15 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from ..branch.memory import CHUNK, Workload, wanted_bytes
+from ..families.wan import TEXT_WIDTH
 from ..geometry.grid import Grid
 from ..geometry.layout import Layout
 from ..geometry.plan import Plan
 from ..geometry.shape import BaseShape
 from ..geometry.windows import SlidingWindows, cuts
 
-TEXT_WIDTH = 4096
 TEXT_TOKENS = 512
-"""UMT5's width, and the length that Wan pads its text to."""
+"""The length that Wan pads its text to."""
 
 VAE_FLOPS_PER_PIXEL = {8: 8.0e6, 16: 17.4e6}
 """Decoding one pixel, by the VAE's spatial factor: Wan 2.1 at 96 channels, Wan 2.2."""

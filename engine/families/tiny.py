@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..comfyui import media, models
 from ..lora.guide import GuideLora, load_guide_lora
+from .wan import TEXT_WIDTH
 
 WORLD = Path(__file__).resolve().parents[2] / "models" / "tiny_world"
 WORLD_VERSION = "1"
@@ -31,7 +32,6 @@ WORLD_WORDS = {
 }
 """Every word that the trained family knows, by kind."""
 
-TEXT_WIDTH = 4096
 TEXT_TOKENS = 16
 
 

@@ -22,6 +22,8 @@ from .rotations import RopeAxes
 NAMES: str = "Wan 2.1 T2V, Wan 2.1 I2V, Wan 2.2 A14B (high and low noise), Wan 2.2 TI2V-5B"
 TIMESTEPS: float = 1000.0
 """The timestep is 1000 sigma."""
+TEXT_WIDTH = 4096
+"""Of UMT5's embeddings."""
 
 
 # --- The model -------------------------------------------------------------------------------

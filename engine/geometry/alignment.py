@@ -12,6 +12,19 @@ from .grid import Grid
 from .windows import Box
 
 
+def late(stride: int) -> float:
+    """Target latents by which a proxy's latent shows less than `stride` times its number.
+
+    The first latent holds one frame and each other four (method: aligned positions).
+    """
+    return 0.375 * (stride - 1)
+
+
+def temporal_positions(count: int, stride: int) -> tuple[float, ...]:
+    """P_t: the position of every proxy latent among the target's."""
+    return tuple(0.0 if k == 0 else stride * k - late(stride) for k in range(count))
+
+
 @dataclass(frozen=True)
 class GuideAlignment:
     """Where guide tokens sit on the target grid, and which of them a window reads.
@@ -33,8 +46,7 @@ class GuideAlignment:
     @cached_property
     def positions(self) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
         """P_t, P_y, P_x: the position of every guide index, per axis, in target token units."""
-        r = self.temporal_stride
-        time = tuple(0.0 if k == 0 else r * k - 0.375 * (r - 1) for k in range(self.guide.frames))
+        time = temporal_positions(self.guide.frames, self.temporal_stride)
         return (
             time,
             _cell_centres(self.guide.height, self.target.height),

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..geometry.alignment import late, temporal_positions
 from ..geometry.grid import Grid
 from ..geometry.plan import Plan
 
@@ -58,8 +59,8 @@ def require_proxy(samples: Tensor, plan: Plan) -> None:
 def temporal_index(frames: int, stride: int, device: torch.device | None = None) -> Tensor:
     """The fractional proxy latent that shows each target latent: the inverse of P_t, clamped."""
     f = torch.arange(frames, device=device, dtype=torch.float32)
-    first = stride - 0.375 * (stride - 1)  # P_t(1)
-    index = torch.where(f < first, f / first, (f + 0.375 * (stride - 1)) / stride)
+    first = stride - late(stride)  # P_t(1)
+    index = torch.where(f < first, f / first, (f + late(stride)) / stride)
     return index.clamp(max=(frames - 1) // stride)
 
 
@@ -88,7 +89,7 @@ def shrink_condition(condition: Tensor, guide: Grid, stride: int) -> Tensor:
 
     Mean over the covered area in space, the nearest aligned frame in time.
     """
-    index = [0] + [round(stride * k - 0.375 * (stride - 1)) for k in range(1, guide.frames)]
+    index = [round(position) for position in temporal_positions(guide.frames, stride)]
     picked = condition[:, :, index].transpose(1, 2).flatten(0, 1)
     small = F.interpolate(picked.float(), size=guide[1:], mode="area")
     small = small.unflatten(0, (condition.shape[0], guide.frames)).transpose(1, 2)

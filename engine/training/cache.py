@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..comfyui import management, media, models
+from ..families.wan import TEXT_WIDTH
 from ..geometry.grid import Grid
 from ..geometry.plan import Plan
 from .clips import Clip, Unusable, cut_starts, read_cut, resized
@@ -21,8 +22,6 @@ from .files import save_tensors
 
 KEY = "atlasvid_sample"
 CUTS_PER_CLIP = 4
-TEXT_WIDTH = 4096
-"""Of a word's embedding, as UMT5 makes it and every Wan takes it."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class LatentCache:
         self.made_from = {
             "plan": {k: v for k, v in asdict(plan).items() if k != "notes"},
             "stage": stage,
-            "vae": fingerprint(media.vae_state(vae)),
+            "vae": fingerprint(media.vae_weights(vae)),
             "text encoder": text_fingerprint(text_encoder),
         }
 
@@ -146,7 +145,7 @@ class LatentCache:
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     def _latent(self, frames: Tensor, expected: Grid) -> Tensor:
-        latent = media.encode_frames(self.vae, frames.float() / 255)
+        latent = media.encode_pixels(self.vae, frames.float() / 255)
         shape = (1, self.plan.space.channels, *expected)
         if tuple(latent.shape) != shape:
             raise ValueError(

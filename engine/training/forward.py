@@ -34,7 +34,7 @@ from ..geometry.windows import ShiftedWindows
 from ..lora.view import with_layers
 
 recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-CUDA_CHUNK, CPU_CHUNK = 8_192, 2_048
+CARD_CHUNK, HOST_CHUNK = 8_192, 2_048
 """Past these sizes a larger chunk gains no speed."""
 NOTHING_KEPT = MemoryPlan(0, tokens_on_device=True, ring_on_device=True, guide="recompute")
 

@@ -24,7 +24,7 @@ from .adapters import TARGETS, build_adapters, require_rank
 from .cache import Dataset, Sample
 from .curve import save_losses
 from .files import save_tensors
-from .forward import CPU_CHUNK, CUDA_CHUNK, Nets, guide_forward, proxy_forward
+from .forward import CARD_CHUNK, HOST_CHUNK, Nets, guide_forward, proxy_forward
 from .frozen import frozen_view
 from .objective import NoiseLevels, flow_loss, noised, sample_order, step_generator
 from .state import TrainingState
@@ -204,7 +204,7 @@ class Trainer:
         self.base = self.family.shape(model.model.diffusion_model)
         self.patcher = management.load_for_training(model, self.dtype, self.activation_bytes())
         self.device = management.load_device(self.patcher)
-        self.chunk = ChunkSize(CPU_CHUNK if self.device.type == "cpu" else CUDA_CHUNK)
+        self.chunk = ChunkSize(HOST_CHUNK if self.device.type == "cpu" else CARD_CHUNK)
         net = self.patcher.model.diffusion_model
         with torch.inference_mode(False):
             self.adapters = build_adapters(
@@ -228,7 +228,7 @@ class Trainer:
         tokens = self.plan.proxy_tokens.count
         chunk = tokens
         if self.settings.stage == "guide":
-            tokens, chunk = tokens + self.plan.tokens.count, max(tokens, CUDA_CHUNK)
+            tokens, chunk = tokens + self.plan.tokens.count, max(tokens, CARD_CHUNK)
         return (self.base.layers + 8) * tokens * width + 60 * chunk * width
 
     # --- One step ---------------------------------------------------------------------------

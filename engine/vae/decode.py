@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..comfyui import management, media, server
 from ..device.budget import AUTO, parse_budget
-from .regions import Box, Grid
+from .regions import Region, TileGrid
 from .scratch import MemoryStore, Store
 from .tiling import DECODE_WORK_LIMIT, CostModel, frugal_grid, grid_within
 from .wan import Cache, WanDecoder, frame_count
@@ -28,7 +28,7 @@ class Block:
     first frame; `completes` says that no part of these frames is missing any more.
     """
 
-    box: Box
+    box: Region
     start: int
     pixels: Tensor
     completes: bool
@@ -104,18 +104,20 @@ class TiledDecoder:
     def width(self) -> int:
         return self.latent.shape[-1] * self.decoder.scale
 
-    def plan(self) -> Grid:
+    def plan(self) -> TileGrid:
         """Loads the VAE and picks tiles that fit the budget and the free memory."""
         channels = self.decoder.feature_channels
         return plan_tiles(self.vae, self.cost, channels, self.budget, DECODE_WORK_LIMIT)
 
-    def feature_bytes(self, grid: Grid) -> int:
+    def feature_bytes(self, grid: TileGrid) -> int:
         """Bytes that a store holds: every tile's features with their halo."""
         areas = sum(self.cost.regions(tile)[0].area for tile in grid.tiles)
         size = self.decoder.feature_channels * self.vae.vae_dtype.itemsize
         return areas * self.latent.shape[2] * size
 
-    def blocks(self, grid: Grid, new_store: Callable[[], Store] = MemoryStore) -> Iterator[Block]:
+    def blocks(
+        self, grid: TileGrid, new_store: Callable[[], Store] = MemoryStore
+    ) -> Iterator[Block]:
         """Decodes everything, tile by tile and within a tile frame by frame.
 
         `new_store` makes the store for the whole-frame features of one batch item.
@@ -133,7 +135,7 @@ class TiledDecoder:
                 store.close()
 
     def _item_blocks(
-        self, features: "_Features", grid: Grid, advance: Callable[[int], None]
+        self, features: "_Features", grid: TileGrid, advance: Callable[[int], None]
     ) -> Iterator[Block]:
         if len(grid.tiles) > 1:
             features.compute_all()
@@ -157,8 +159,8 @@ class TiledDecoder:
     def _tile_blocks(
         self,
         features: "_Features",
-        stored: Box,
-        tile: Box,
+        stored: Region,
+        tile: Region,
         last: bool,
         advance: Callable[[int], None],
     ) -> Iterator[Block]:
@@ -176,7 +178,7 @@ class TiledDecoder:
             advance(1)
 
     @torch.inference_mode()
-    def _tile_pixels(self, x: Tensor, cache: Cache, regions: list[Box], first: bool) -> Tensor:
+    def _tile_pixels(self, x: Tensor, cache: Cache, regions: list[Region], first: bool) -> Tensor:
         with management.device_context(self.vae):
             return self.decoder.pixels(x, cache, regions, first)[0]
 
@@ -194,7 +196,7 @@ class _Features:
         self,
         tiled: TiledDecoder,
         item: int,
-        grid: Grid,
+        grid: TileGrid,
         store: Store,
         advance: Callable[[int], None],
     ) -> None:
@@ -202,7 +204,7 @@ class _Features:
         self._latent = tiled.latent[item : item + 1]
         self._regions = {tile: tiled.cost.regions(tile)[0] for tile in grid.tiles}
         self._store = store
-        self._numbers: list[dict[Box, int]] = []
+        self._numbers: list[dict[Region, int]] = []
         self._advance = advance
         self.chunks = tiled.decoder.chunks(self._latent.shape[2])
         self._cache = tiled.decoder.cache(self._latent.shape[2])
@@ -229,7 +231,7 @@ class _Features:
             self._cache = None
         self._advance(1)
 
-    def read(self, number: int, tile: Box, region: Box) -> Tensor:
+    def read(self, number: int, tile: Region, region: Region) -> Tensor:
         """Features [1, D, t, h, w] of chunk `number` in `region`, part of what `tile` needs."""
         while len(self._numbers) <= number:
             self._compute_next()
@@ -244,7 +246,7 @@ def _ends(span: Any) -> tuple[int, int]:
 
 def plan_tiles(
     vae: Any, cost: CostModel, feature_channels: int, budget: str, work_limit: float
-) -> Grid:
+) -> TileGrid:
     """Loads the VAE and picks tiles that fit the budget and the free memory.
 
     With "auto", small tiles whose halos cost no more than `work_limit` times the work.

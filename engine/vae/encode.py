@@ -9,7 +9,7 @@ from torch import Tensor
 from ..comfyui import management, media, server
 from ..device.budget import AUTO
 from .decode import plan_tiles, supported_patch
-from .regions import Box, Grid
+from .regions import Region, TileGrid
 from .scratch import MemoryStore, ScratchFile, Store, require_space
 from .sources import FrameSource, GreyAfter, latent_groups
 from .tiling import ENCODE_WORK_LIMIT, CostModel
@@ -46,12 +46,12 @@ class TiledEncoder:
             )
         return height // scale, width // scale
 
-    def plan(self) -> Grid:
+    def plan(self) -> TileGrid:
         """Loads the VAE and picks tiles that fit the budget and the free memory."""
         channels = self.encoder.feature_channels
         return plan_tiles(self.vae, self.cost, channels, self.budget, ENCODE_WORK_LIMIT)
 
-    def encode(self, grid: Grid) -> Tensor:
+    def encode(self, grid: TileGrid) -> Tensor:
         """Latents [1, C, t, h, w] of all frames, on the core's device for intermediate results."""
         latents = latent_count(self.source.frames)
         advance = server.progress_bar((len(grid.tiles) + 1) * latents)
@@ -72,10 +72,10 @@ class TiledEncoder:
         return ScratchFile(folder)
 
     def _encode_tiles(
-        self, grid: Grid, store: Store, advance: Callable[[int], None]
-    ) -> list[tuple[Box, list[int]]]:
+        self, grid: TileGrid, store: Store, advance: Callable[[int], None]
+    ) -> list[tuple[Region, list[int]]]:
         """Each tile's box in latents and the numbers of its stored feature chunks."""
-        done: list[tuple[Box, list[int]]] = []
+        done: list[tuple[Region, list[int]]] = []
         waiting = list(reversed(grid.tiles))
         while waiting:
             tile = waiting.pop()
@@ -94,7 +94,7 @@ class TiledEncoder:
             management.empty_cache()
         return done
 
-    def _encode_tile(self, tile: Box, store: Store, advance: Callable[[int], None]) -> list[int]:
+    def _encode_tile(self, tile: Region, store: Store, advance: Callable[[int], None]) -> list[int]:
         regions = self.cost.regions(tile)
         cache: Cache = None
         numbers: list[int] = []
@@ -109,7 +109,7 @@ class TiledEncoder:
 
     @torch.inference_mode()
     def _tile_features(
-        self, group: Tensor, cache: Cache, regions: list[Box], last: bool
+        self, group: Tensor, cache: Cache, regions: list[Region], last: bool
     ) -> list[Tensor]:
         """Features of one latent frame's image frames [1 or 4, H, W, channels]."""
         vae = self.vae
@@ -128,7 +128,7 @@ class TiledEncoder:
         return emitted
 
     def _whole_frames(
-        self, tiles: list[tuple[Box, list[int]]], store: Store, advance: Callable[[int], None]
+        self, tiles: list[tuple[Region, list[int]]], store: Store, advance: Callable[[int], None]
     ) -> Iterator[Tensor]:
         emissions = list(zip(*(numbers for _, numbers in tiles), strict=True))
         first = store.read(emissions[0][0])

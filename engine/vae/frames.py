@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .decode import Block, TiledDecoder
-from .regions import Box
+from .regions import Region
 from .scratch import ScratchFile, require_space
 
 LEVELS = {8: 255, 10: 65535}
@@ -37,9 +37,9 @@ class FrameBuffer:
     def __init__(self, height: int, width: int, folder: Path) -> None:
         self._size = (height, width)
         self._store = ScratchFile(folder)
-        self._blocks: dict[int, list[tuple[Box, int]]] = {}
+        self._blocks: dict[int, list[tuple[Region, int]]] = {}
 
-    def write(self, box: Box, start: int, frames: Tensor) -> None:
+    def write(self, box: Region, start: int, frames: Tensor) -> None:
         """Stores one tile's frames [t, h, w, 3] that begin at frame `start`."""
         self._blocks.setdefault(start, []).append((box, self._store.append(frames)))
 

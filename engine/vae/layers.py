@@ -13,7 +13,7 @@ from math import prod
 import torch
 from torch import nn
 
-from .regions import Box, Down, Rule, Same, Up, trace_box
+from .regions import Down, Region, Rule, Same, Up, trace_box
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class Chain:
     def rules(self) -> tuple[Rule, ...]:
         return tuple(step.rule for step in self.steps)
 
-    def regions(self, box: Box, height: int, width: int) -> list[Box]:
+    def regions(self, box: Region, height: int, width: int) -> list[Region]:
         """Input box of every step, then `box`, for a chain input of height x width."""
         return trace_box(self.rules, box, height, width)
 
     @contextmanager
-    def cropping(self, regions: Sequence[Box]) -> Iterator[None]:
+    def cropping(self, regions: Sequence[Region]) -> Iterator[None]:
         """While open, each module's output is cropped to the next step's input box."""
         handles = []
         try:
@@ -75,11 +75,11 @@ class Chain:
                 handle.remove()
 
 
-def _gives(rule: Rule, box: Box) -> Box:
-    return Box(rule.gives(box.rows), rule.gives(box.cols))
+def _gives(rule: Rule, box: Region) -> Region:
+    return Region(rule.gives(box.rows), rule.gives(box.cols))
 
 
-def _crop_output(module: nn.Module, given: Box, wanted: Box):
+def _crop_output(module: nn.Module, given: Region, wanted: Region):
     rows, cols = wanted.within(given)
 
     def crop(_module: nn.Module, _args: object, output: torch.Tensor | None):

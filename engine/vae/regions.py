@@ -36,7 +36,7 @@ class Span:
 
 
 @dataclass(frozen=True, order=True)
-class Box:
+class Region:
     """A rectangle of a frame: rows and columns."""
 
     rows: Span
@@ -46,19 +46,19 @@ class Box:
     def area(self) -> int:
         return self.rows.size * self.cols.size
 
-    def scaled(self, factor: int) -> "Box":
-        return Box(self.rows.scaled(factor), self.cols.scaled(factor))
+    def scaled(self, factor: int) -> "Region":
+        return Region(self.rows.scaled(factor), self.cols.scaled(factor))
 
-    def within(self, other: "Box") -> tuple[slice, slice]:
+    def within(self, other: "Region") -> tuple[slice, slice]:
         return self.rows.within(other.rows), self.cols.within(other.cols)
 
-    def halves(self) -> tuple["Box", "Box"]:
+    def halves(self) -> tuple["Region", "Region"]:
         """The box cut in two across its longer side."""
         if self.rows.size > self.cols.size:
             top, bottom = _halves(self.rows)
-            return Box(top, self.cols), Box(bottom, self.cols)
+            return Region(top, self.cols), Region(bottom, self.cols)
         left, right = _halves(self.cols)
-        return Box(self.rows, left), Box(self.rows, right)
+        return Region(self.rows, left), Region(self.rows, right)
 
 
 def _halves(span: Span) -> tuple[Span, Span]:
@@ -165,15 +165,15 @@ def trace(rules: Sequence[Rule], span: Span, size: int) -> list[Span]:
     return spans[::-1]
 
 
-def trace_box(rules: Sequence[Rule], box: Box, height: int, width: int) -> list[Box]:
+def trace_box(rules: Sequence[Rule], box: Region, height: int, width: int) -> list[Region]:
     """`trace` along both axes."""
     rows = trace(rules, box.rows, height)
     cols = trace(rules, box.cols, width)
-    return [Box(r, c) for r, c in zip(rows, cols, strict=True)]
+    return [Region(r, c) for r, c in zip(rows, cols, strict=True)]
 
 
 @dataclass(frozen=True)
-class Grid:
+class TileGrid:
     """A frame of height x width positions cut into rows x cols tiles of nearly equal size."""
 
     height: int
@@ -190,8 +190,8 @@ class Grid:
         return _cut(self.width, self.cols)
 
     @property
-    def tiles(self) -> tuple[Box, ...]:
-        return tuple(Box(r, c) for r in self.row_spans for c in self.col_spans)
+    def tiles(self) -> tuple[Region, ...]:
+        return tuple(Region(r, c) for r in self.row_spans for c in self.col_spans)
 
 
 def _cut(size: int, parts: int) -> tuple[Span, ...]:

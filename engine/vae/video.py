@@ -22,7 +22,7 @@ MP4_FORMAT = "mov,mp4,m4a,3gp,3g2,mj2"
 
 
 @dataclass(frozen=True)
-class Clip:
+class Excerpt:
     """Frames first <= i < stop at `frame_rate`, with the sound [batch, channels, samples]."""
 
     first: int
@@ -39,7 +39,7 @@ class Clip:
         """Seconds."""
         return float(self.frames / self.frame_rate)
 
-    def trimmed(self, start_time: float, duration: float, strict: bool) -> "Clip | None":
+    def trimmed(self, start_time: float, duration: float, strict: bool) -> "Excerpt | None":
         """The clip from `start_time` (negative: from the end) for `duration` seconds.
 
         A duration of 0 means until the end. None where nothing is left, or where `strict` asks
@@ -70,10 +70,12 @@ class Clip:
 class LazyFrames:
     """Looks like an image batch [frames, height, width, 3] to an encoder that walks through it."""
 
-    def __init__(self, decoded: DecodedFrames, clip: Clip, size: tuple[int, int], bit_depth: int):
-        self.shape = torch.Size((clip.frames, *size, 3))
+    def __init__(
+        self, decoded: DecodedFrames, excerpt: Excerpt, size: tuple[int, int], bit_depth: int
+    ):
+        self.shape = torch.Size((excerpt.frames, *size, 3))
         self._decoded = decoded
-        self._clip = clip
+        self._excerpt = excerpt
         self._bit_depth = bit_depth
 
     def __len__(self) -> int:
@@ -83,7 +85,7 @@ class LazyFrames:
         number = 0
         for batch in self._decoded.batches():
             for frame in batch:
-                if self._clip.first <= number < self._clip.stop:
+                if self._excerpt.first <= number < self._excerpt.stop:
                     yield dequantise(frame, self._bit_depth)
                 number += 1
 
@@ -100,7 +102,7 @@ class StreamedVideo(media.VideoInput):
     ) -> None:
         media.require_bit_depth(bit_depth)
         self._tiled = tiled
-        self._clip = Clip(0, tiled.frames, frame_rate, audio)
+        self._excerpt = Excerpt(0, tiled.frames, frame_rate, audio)
         self._bit_depth = bit_depth
         self._decoded: dict[int, DecodedFrames] = {}
 
@@ -116,8 +118,8 @@ class StreamedVideo(media.VideoInput):
         """Decodes into `path`, a file or a buffer; the file appears when it is whole."""
         depth = self._bit_depth if bit_depth is None else bit_depth
         media.require_bit_depth(depth)
-        images = LazyFrames(self._frames(depth), self._clip, self._size, depth)
-        clip = self._clip
+        images = LazyFrames(self._frames(depth), self._excerpt, self._size, depth)
+        clip = self._excerpt
         components = media.video_components(images, clip.frame_rate, clip.audio)
         choices = {"format": format, "codec": codec, "metadata": metadata, "crf": crf}
         given = {name: value for name, value in choices.items() if value is not None}
@@ -136,7 +138,7 @@ class StreamedVideo(media.VideoInput):
 
     def get_components(self) -> Any:
         """All pixels, decoded again from the latent in full precision."""
-        tiled, clip = self._tiled, self._clip
+        tiled, clip = self._tiled, self._excerpt
         images = decode_images(tiled.vae, tiled.latent, tiled.budget)[clip.first : clip.stop]
         return media.video_components(images, clip.frame_rate, clip.audio)
 
@@ -147,11 +149,11 @@ class StreamedVideo(media.VideoInput):
         strict_duration: bool = False,
     ) -> "StreamedVideo | None":
         """The same decode with fewer frames; nothing is decoded, and buffers are shared."""
-        clip = self._clip.trimmed(start_time or 0.0, duration or 0.0, strict_duration)
+        clip = self._excerpt.trimmed(start_time or 0.0, duration or 0.0, strict_duration)
         if clip is None:
             return None
         video = StreamedVideo(self._tiled, clip.frame_rate, bit_depth=self._bit_depth)
-        video._clip, video._decoded = clip, self._decoded
+        video._excerpt, video._decoded = clip, self._decoded
         return video
 
     def get_dimensions(self) -> tuple[int, int]:
@@ -162,13 +164,13 @@ class StreamedVideo(media.VideoInput):
         return self._bit_depth
 
     def get_duration(self) -> float:
-        return self._clip.duration
+        return self._excerpt.duration
 
     def get_frame_count(self) -> int:
-        return self._clip.frames
+        return self._excerpt.frames
 
     def get_frame_rate(self) -> Fraction:
-        return self._clip.frame_rate
+        return self._excerpt.frame_rate
 
     def get_container_format(self) -> str:
         return MP4_FORMAT

@@ -30,7 +30,7 @@ from .layers import (
     is_resample,
     layer_step,
 )
-from .regions import Box, Down, Even, Same, Up
+from .regions import Down, Even, Region, Same, Up
 
 Cache = list[Any] | None
 FRAMES_PER_LATENT = 4
@@ -47,7 +47,7 @@ def latent_count(frames: int) -> int:
     return (frames - 1) // FRAMES_PER_LATENT + 1
 
 
-def empty_cache(module: nn.Module, streamed: bool) -> Cache:
+def new_cache(module: nn.Module, streamed: bool) -> Cache:
     """A feature cache with room for every causal layer, or None for a single image."""
     return [None] * (2 * len(convolutions(module))) if streamed else None
 
@@ -156,7 +156,7 @@ class WanDecoder:
 
     def cache(self, latents: int) -> Cache:
         """A new feature cache; the core runs a single Wan 2.1 frame without one."""
-        return empty_cache(self.coder, streamed=latents > 1 or self._in_blocks)
+        return new_cache(self.coder, streamed=latents > 1 or self._in_blocks)
 
     def features(self, latent: Tensor, cache: Cache) -> Tensor:
         """The whole-frame stage of one chunk: `conv2`, `conv1` and the middle block."""
@@ -166,7 +166,7 @@ class WanDecoder:
             x = cached_conv(self.coder.conv1, x, cache, index)
             return _middle(self.coder.middle, x, cache, index)
 
-    def pixels(self, x: Tensor, cache: Cache, regions: Sequence[Box], first: bool) -> Tensor:
+    def pixels(self, x: Tensor, cache: Cache, regions: Sequence[Region], first: bool) -> Tensor:
         """The local stage of one chunk and tile: features of `regions[0]` to its pixels."""
         with fast_on_cpu(self.coder, x), self.chain.cropping(regions):
             out = self._up_blocks(x, cache, first) if self._in_blocks else self._run_up(x, cache)
@@ -213,10 +213,10 @@ class WanEncoder:
 
     def cache(self, latents: int) -> Cache:
         """A new feature cache; the core runs a single Wan 2.1 frame without one."""
-        return empty_cache(self.coder, streamed=latents > 1 or self._in_blocks)
+        return new_cache(self.coder, streamed=latents > 1 or self._in_blocks)
 
     def features(
-        self, x: Tensor, cache: Cache, regions: Sequence[Box], final: bool
+        self, x: Tensor, cache: Cache, regions: Sequence[Region], final: bool
     ) -> Tensor | None:
         """The local stage of one chunk and tile, from pixels of `regions[0]`.
 

@@ -216,7 +216,7 @@ def test_overview_knows_a_model_by_its_file(tmp_path, monkeypatch):
     assert (shape.dim, shape.layers, shape.ffn_dim, shape.in_dim) == (384, 2, 640, 16)
     assert shape.weight_bytes == file.stat().st_size
     loaded = overview.shape_of_model(small_wan())
-    assert (loaded.dim, loaded.layers, loaded.ffn_dim, loaded.out_channels) == (256, 3, 512, 16)
+    assert (loaded.dim, loaded.layers, loaded.ffn_dim, loaded.out_dim) == (256, 3, 512, 16)
     again = overview.overview({**QUERY, "shape": overview.shape_record(small_wan())})
     assert "assumed" not in dict(again["rows"])["Model"]
     assert "assumed" in dict(overview.overview(QUERY)["rows"])["Model"]

@@ -21,6 +21,7 @@ from atlasvid.engine.branch.settings import (
     preset_window,
 )
 from atlasvid.engine.comfyui import models
+from atlasvid.engine.families import wan as family
 from atlasvid.engine.geometry.grid import Grid
 from atlasvid.engine.lora.files import read_lora
 from atlasvid.engine.lora.guide import GuideLora, load_guide_lora
@@ -425,8 +426,11 @@ def test_a_lora_of_another_base_is_refused(wan, tmp_path):
     recipe = replace(RECIPE, base=BaseShape(1536, 8960, 30, 16))
     tensors = pair("diffusion_model.blocks.0.ffn.0", 256, 512)
     lora = load_guide_lora(saved(tmp_path / "a.safetensors", tensors, recipe), 1.0)
-    with pytest.raises(ValueError, match="trained on a Wan of 30 blocks of width 1536"):
-        lora.changes_of(wan.model.diffusion_model)
+    with pytest.raises(ValueError, match="trained on a model of 30 blocks of width 1536"):
+        lora.require_base(family.shape(wan.model.diffusion_model))
+    plan, proxy = plan_of((5, 8, 12), (2, 4, 6)), torch.zeros(1, 16, 2, 4, 6)
+    with pytest.raises(ValueError, match="trained on a model"):
+        apply_detail_branch(wan, plan, proxy, Grid(2, 2, 3), "clean", guide_lora=lora)
 
 
 def test_a_guide_lora_needs_a_guide(wan, peft_folder):

@@ -9,7 +9,7 @@ from atlasvid.engine.comfyui import media, server
 from atlasvid.engine.vae import wan
 from atlasvid.engine.vae.decode import TiledDecoder, decode_images
 from atlasvid.engine.vae.layers import convolutions
-from atlasvid.engine.vae.regions import Box, Grid, Span
+from atlasvid.engine.vae.regions import Region, Span, TileGrid
 from atlasvid.engine.vae.tiling import (
     DECODE_WORK_LIMIT,
     CostModel,
@@ -42,7 +42,7 @@ def untiled(vae, latent):
         return torch.cat([vae.decode(item[None])[0] for item in latent])
 
 
-def decode_in(grid: Grid, vae, latent, monkeypatch):
+def decode_in(grid: TileGrid, vae, latent, monkeypatch):
     monkeypatch.setattr(TiledDecoder, "plan", lambda _self: grid)
     return decode_images(vae, latent)
 
@@ -63,7 +63,7 @@ def test_tiles_equal_the_untiled_decode(
 ):
     vae, channels = vae_and_channels
     latent = random_latent(channels, frames, height, width)
-    images = decode_in(Grid(height, width, rows, cols), vae, latent, monkeypatch)
+    images = decode_in(TileGrid(height, width, rows, cols), vae, latent, monkeypatch)
     expected = untiled(vae, latent)
     assert images.shape == expected.shape
     assert (images - expected).abs().max() <= TOLERANCE
@@ -72,7 +72,7 @@ def test_tiles_equal_the_untiled_decode(
 def test_a_batch_decodes_item_after_item(vae_and_channels, monkeypatch):
     vae, channels = vae_and_channels
     latent = random_latent(channels, 2, 12, 10, batch=2)
-    images = decode_in(Grid(12, 10, 2, 1), vae, latent, monkeypatch)
+    images = decode_in(TileGrid(12, 10, 2, 1), vae, latent, monkeypatch)
     assert (images - untiled(vae, latent)).abs().max() <= TOLERANCE
 
 
@@ -94,7 +94,7 @@ def test_bfloat16_tiles_equal_untiled_bfloat16(monkeypatch):
     vae.vae_dtype = torch.bfloat16
     vae.first_stage_model.to(torch.bfloat16)
     latent = random_latent(16, 3, 24, 12)
-    images = decode_in(Grid(24, 12, 2, 1), vae, latent, monkeypatch)
+    images = decode_in(TileGrid(24, 12, 2, 1), vae, latent, monkeypatch)
     # One rounding step of bfloat16 near 1 is 2**-8; equal inputs may still round apart once.
     assert (images - untiled(vae, latent)).abs().max() <= 2**-8
 
@@ -115,7 +115,7 @@ def test_out_of_memory_halves_the_tile_and_keeps_the_rest(monkeypatch):
         return stock(self, x, cache, regions, first)
 
     monkeypatch.setattr(WanDecoder, "pixels", scarce)
-    images = decode_in(Grid(8, 40, 1, 2), vae, latent, monkeypatch)
+    images = decode_in(TileGrid(8, 40, 1, 2), vae, latent, monkeypatch)
     assert decoded == [0, 80, 160, 160, 200, 240, 240, 280]
     assert (images - untiled(vae, latent)).abs().max() <= TOLERANCE
 
@@ -178,9 +178,9 @@ def real_size(height: int, width: int, element_bytes: int = 2) -> CostModel:
 
 
 def test_the_halo_is_thirteen_latents():
-    tile = Box(Span(100, 132), Span(200, 296))
+    tile = Region(Span(100, 132), Span(200, 296))
     needed = real_size(270, 480).regions(tile)[0]
-    assert needed == Box(Span(87, 145), Span(187, 309))
+    assert needed == Region(Span(87, 145), Span(187, 309))
 
 
 def test_4k_tiles_cost_under_a_tenth_more_work_and_six_gibibytes():
@@ -199,7 +199,7 @@ def test_counted_work_is_what_the_convolutions_do(monkeypatch):
     vae = wan21_vae()
     latent = random_latent(16, 3, 20, 24)
     tiled = TiledDecoder(vae, latent)
-    grid = Grid(20, 24, 2, 2)
+    grid = TileGrid(20, 24, 2, 2)
     recorded = []
 
     def record(module, _args, output):
@@ -249,7 +249,7 @@ def test_less_memory_means_smaller_tiles():
 def test_modelled_memory_is_what_a_real_tile_takes(rows_cols):
     """The model against the tensors of real 4K tiles in bfloat16, traced without allocating."""
     cost = real_size(270, 480)
-    grid = Grid(270, 480, *rows_cols)
+    grid = TileGrid(270, 480, *rows_cols)
     tile = grid.tiles[grid.cols * (grid.rows // 2) + grid.cols // 2]
     peak = traced_peak(cost, tile)
     assert peak <= cost.peak_bytes(grid) <= 1.5 * peak
@@ -262,7 +262,7 @@ def test_the_tiles_of_a_4k_frame_take_under_six_gibibytes():
     assert traced_peak(cost, inner) <= 6 * 1024**3
 
 
-def traced_peak(cost: CostModel, tile: Box) -> int:
+def traced_peak(cost: CostModel, tile: Region) -> int:
     decoder = real_decoder()
     regions = cost.regions(tile)
     cache = decoder.cache(9)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from atlasvid.engine.vae.encode import TiledEncoder, encode_frames
-from atlasvid.engine.vae.regions import Grid
+from atlasvid.engine.vae.regions import TileGrid
 from atlasvid.engine.vae.sources import GreyAfter, ImageFrames, latent_groups
 from atlasvid.engine.vae.wan import WanEncoder
 from wan_vaes import wan21_vae, wan22_vae
@@ -28,7 +28,7 @@ def untiled(vae, images):
         return vae.encode(images)
 
 
-def encode_in(grid: Grid, vae, source, monkeypatch):
+def encode_in(grid: TileGrid, vae, source, monkeypatch):
     monkeypatch.setattr(TiledEncoder, "plan", lambda _self: grid)
     return encode_frames(vae, source)
 
@@ -48,7 +48,7 @@ def test_tiles_equal_the_untiled_encode(
 ):
     vae, scale = vae_and_scale
     images = random_images(frames, height * scale, width * scale)
-    latent = encode_in(Grid(height, width, rows, cols), vae, ImageFrames(images), monkeypatch)
+    latent = encode_in(TileGrid(height, width, rows, cols), vae, ImageFrames(images), monkeypatch)
     expected = untiled(vae, images)
     assert latent.shape == expected.shape
     assert latent.dtype == expected.dtype
@@ -59,7 +59,7 @@ def test_tiles_equal_the_untiled_encode(
 def test_sides_and_channels_are_cropped_as_the_stock_encode_does(monkeypatch, channels):
     vae = wan21_vae()
     images = random_images(5, 61, 78, channels)
-    latent = encode_in(Grid(7, 9, 1, 2), vae, ImageFrames(images), monkeypatch)
+    latent = encode_in(TileGrid(7, 9, 1, 2), vae, ImageFrames(images), monkeypatch)
     assert (latent - untiled(vae, images)).abs().max() <= TOLERANCE
 
 
@@ -67,7 +67,7 @@ def test_grey_frames_equal_a_tensor_of_grey_frames(monkeypatch):
     vae = wan21_vae()
     start = random_images(2, 48, 64)
     full = torch.cat([start, torch.full((11, 48, 64, 3), 0.5)])
-    latent = encode_in(Grid(6, 8, 1, 2), vae, GreyAfter(start, 13), monkeypatch)
+    latent = encode_in(TileGrid(6, 8, 1, 2), vae, GreyAfter(start, 13), monkeypatch)
     assert (latent - untiled(vae, full)).abs().max() <= TOLERANCE
 
 
@@ -84,7 +84,7 @@ def test_out_of_memory_halves_the_tile(monkeypatch):
         return stock(self, x, cache, regions, final)
 
     monkeypatch.setattr(WanEncoder, "features", scarce)
-    latent = encode_in(Grid(4, 16, 1, 2), vae, ImageFrames(images), monkeypatch)
+    latent = encode_in(TileGrid(4, 16, 1, 2), vae, ImageFrames(images), monkeypatch)
     assert widths.count(8) == 2
     assert widths.count(4) == 4 * 5  # four tiles, chunks of 1, 2, 2, 2, 2 frames
     assert (latent - untiled(vae, images)).abs().max() <= TOLERANCE

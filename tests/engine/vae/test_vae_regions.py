@@ -1,7 +1,7 @@
 """Geometry of tiles against a brute-force reading of the convolutions."""
 
 import torch
-from atlasvid.engine.vae.regions import Box, Down, Even, Grid, Same, Span, Up, trace
+from atlasvid.engine.vae.regions import Down, Even, Region, Same, Span, TileGrid, Up, trace
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -50,13 +50,13 @@ def test_a_grid_covers_every_position_once(height, width, data):
     rows = data.draw(st.integers(1, height))
     cols = data.draw(st.integers(1, width))
     counts = torch.zeros(height, width)
-    for tile in Grid(height, width, rows, cols).tiles:
+    for tile in TileGrid(height, width, rows, cols).tiles:
         counts[tile.rows.start : tile.rows.stop, tile.cols.start : tile.cols.stop] += 1
     assert (counts == 1).all()
 
 
 def test_halves_cut_the_longer_side():
-    box = Box(Span(0, 4), Span(2, 9))
+    box = Region(Span(0, 4), Span(2, 9))
     left, right = box.halves()
-    assert left == Box(Span(0, 4), Span(2, 5))
-    assert right == Box(Span(0, 4), Span(5, 9))
+    assert left == Region(Span(0, 4), Span(2, 5))
+    assert right == Region(Span(0, 4), Span(5, 9))
