@@ -10,6 +10,7 @@ from atlasvid.engine import host
 from atlasvid.engine.chunks import ChunkSize
 from atlasvid.engine.grid import Grid
 from atlasvid.engine.settings import DetailSettings
+from atlasvid.engine.shifted import ShiftedAttention
 from atlasvid.engine.training.adapters import ADAPTER, build_adapters
 from atlasvid.engine.training.forward import guide_forward, proxy_forward
 from atlasvid.engine.training.frozen import frozen_view
@@ -81,6 +82,19 @@ def same_gradients(ours, theirs):
         assert (mine - gradient).abs().max() < 1e-5 * scale, name
 
 
+@pytest.fixture
+def spans(monkeypatch):
+    """Which windows were evaluated together, chunk by chunk."""
+    found, stock = [], ShiftedAttention.evaluate_windows
+
+    def recorded(self, task, order, start, stop):
+        found.append((start, stop))
+        stock(self, task, order, start, stop)
+
+    monkeypatch.setattr(ShiftedAttention, "evaluate_windows", recorded)
+    return found
+
+
 CASES = [
     # target latent, proxy latent, stride, window, batch, chunk, guide weight
     ((5, 8, 12), (2, 4, 6), 4, (2, 3, 3), 1, 2048, 1),
@@ -107,6 +121,7 @@ def test_guide_gradients_equal_the_dense_reference(
     chunk,
     weight,
     guide_noise,
+    spans,
 ):
     x, context = rand(batch, 16, *latent, seed=1), rand(batch, 16, 4096, seed=2)
     t, target = torch.full((batch,), 600.0), rand(batch, 16, *latent, seed=3)
@@ -125,6 +140,7 @@ def test_guide_gradients_equal_the_dense_reference(
     with host.training():
         chunk = ChunkSize(chunk)
         ours = guide_forward(frozen_view(wan), adapters.view, settings, x, t, context, chunk)
+        assert (len(spans) > batch * len(wan.blocks)) == (chunk.tokens < plan.tokens.count)
         mine = gradients(adapters, F.mse_loss(ours, target))
 
     guide, guide_t = proxy.expand(batch, -1, -1, -1, -1), torch.zeros(batch)
