@@ -41,7 +41,7 @@ class AtlasVidDecode(io.ComfyNode):
 
     @classmethod
     def execute(cls, samples, vae, memory_budget="auto") -> io.NodeOutput:
-        return io.NodeOutput(decode_images(vae, samples["samples"], memory_budget))
+        return io.NodeOutput(decode_images(vae, samples["samples"], budget=memory_budget))
 
 
 class AtlasVidDecodeToVideo(io.ComfyNode):
@@ -94,5 +94,6 @@ class AtlasVidDecodeToVideo(io.ComfyNode):
     def execute(
         cls, samples, vae, fps, memory_budget="auto", audio=None, bit_depth=8
     ) -> io.NodeOutput:
-        tiled = TiledDecoder(vae, samples["samples"], memory_budget)
-        return io.NodeOutput(StreamedVideo(tiled, Fraction(fps), audio, bit_depth))
+        tiled = TiledDecoder(vae, samples["samples"], budget=memory_budget)
+        video = StreamedVideo(tiled, frame_rate=Fraction(fps), audio=audio, bit_depth=bit_depth)
+        return io.NodeOutput(video)

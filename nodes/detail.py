@@ -193,27 +193,23 @@ class AtlasVidHierarchicalAttention(io.ComfyNode):
     ) -> io.NodeOutput:
         custom = Grid(*(window.get(side, 1) for side in ("frames", "height", "width")))
         habits = guide_lora.habits if guide_lora else None
-        size = preset_window(window["window"], plan, custom, habits)
-        noise = preset_guide_noise(guide_noise, habits)
-        samples = None if proxy is None else proxy["samples"]
-        return io.NodeOutput(
-            apply_detail_branch(
-                model,
-                plan,
-                samples,
-                size,
-                noise,
-                start_percent,
-                end_percent,
-                overlap,
-                memory_budget,
-                attention,
-                keep_blocks,
-                guide_lora,
-                guide_weight,
-                guide_margin,
-            )
+        patched = apply_detail_branch(
+            model,
+            plan,
+            None if proxy is None else proxy["samples"],
+            window=preset_window(window["window"], plan, custom=custom, habits=habits),
+            overlap=overlap,
+            guide_noise=preset_guide_noise(guide_noise, habits),
+            start_percent=start_percent,
+            end_percent=end_percent,
+            memory_budget=memory_budget,
+            attention=attention,
+            keep_blocks=keep_blocks,
+            guide_weight=guide_weight,
+            guide_margin=guide_margin,
+            guide_lora=guide_lora,
         )
+        return io.NodeOutput(patched)
 
 
 class AtlasVidStructureGuidance(io.ComfyNode):
@@ -253,5 +249,7 @@ class AtlasVidStructureGuidance(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, plan, proxy, strength, end_percent) -> io.NodeOutput:
-        samples = proxy["samples"]
-        return io.NodeOutput(apply_structure_guidance(model, plan, samples, strength, end_percent))
+        guided = apply_structure_guidance(
+            model, plan, proxy["samples"], strength=strength, end_percent=end_percent
+        )
+        return io.NodeOutput(guided)

@@ -38,7 +38,8 @@ class AtlasVidEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, pixels, vae, memory_budget="auto") -> io.NodeOutput:
-        return io.NodeOutput({"samples": encode_frames(vae, frame_source(pixels), memory_budget)})
+        latent = encode_frames(vae, frame_source(pixels), budget=memory_budget)
+        return io.NodeOutput({"samples": latent})
 
 
 class AtlasVidImageToVideo(io.ComfyNode):
@@ -105,7 +106,9 @@ class AtlasVidImageToVideo(io.ComfyNode):
         memory_budget="auto",
         clip_vision_output=None,
     ) -> io.NodeOutput:
-        image, mask = start_image_latents(vae, start_image, width, height, frames, memory_budget)
+        image, mask = start_image_latents(
+            vae, start_image, width=width, height=height, frames=frames, budget=memory_budget
+        )
         shown = {"concat_latent_image": image, "concat_mask": mask}
         if clip_vision_output is not None:
             shown["clip_vision_output"] = clip_vision_output

@@ -42,4 +42,4 @@ class AtlasVidGuideLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, lora, strength) -> io.NodeOutput:
-        return io.NodeOutput(load_guide_lora(server.lora_path(lora), strength))
+        return io.NodeOutput(load_guide_lora(server.lora_path(lora), strength=strength))

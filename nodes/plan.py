@@ -87,7 +87,15 @@ class AtlasVidPlan(io.ComfyNode):
         cls, model, width, height, seconds, fps, proxy_short_side, temporal_stride
     ) -> io.NodeOutput:
         space = latent_space(model)
-        plan = make_plan(space, width, height, seconds, fps, proxy_short_side, temporal_stride)
+        plan = make_plan(
+            space,
+            width=width,
+            height=height,
+            seconds=seconds,
+            fps=fps,
+            proxy_short_side=proxy_short_side,
+            temporal_stride=temporal_stride,
+        )
         empty = torch.zeros(1, space.channels, *plan.proxy_latent)
         return io.NodeOutput(
             plan,

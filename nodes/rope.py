@@ -55,4 +55,11 @@ class AtlasVidRoPE(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, temporal_scale, spatial_scale, method, plan=None) -> io.NodeOutput:
-        return io.NodeOutput(apply_rope_method(model, method, temporal_scale, spatial_scale, plan))
+        scaled = apply_rope_method(
+            model,
+            method,
+            temporal_scale=temporal_scale,
+            spatial_scale=spatial_scale,
+            plan=plan,
+        )
+        return io.NodeOutput(scaled)

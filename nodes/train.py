@@ -176,27 +176,27 @@ class AtlasVidTrainLoRA(io.ComfyNode):
         cuts_per_clip, resume, videos=(), captions=(), **chosen,
     ) -> io.NodeOutput:  # fmt: skip
         settings = TrainSettings(
-            window=preset_window(window[0], plan[0], COMPACT),
-            noise=NoiseLevels(shift[0], sigma_min[0], sigma_max[0]),
+            window=preset_window(window[0], plan[0], custom=COMPACT),
+            noise=NoiseLevels(shift=shift[0], low=sigma_min[0], high=sigma_max[0]),
             **{key: values[0] for key, values in chosen.items()},
         )
         result, dataset = train(
             comfyui_job(name[0]),
-            model[0],
-            clip[0],
-            vae[0],
-            plan[0],
-            settings,
-            clips_given(folder[0], videos, captions),
-            resume[0],
-            cuts_per_clip[0],
+            model=model[0],
+            text_encoder=clip[0],
+            vae=vae[0],
+            plan=plan[0],
+            settings=settings,
+            clips=clips_given(folder[0], videos=videos, captions=captions),
+            resume=resume[0],
+            cuts_per_clip=cuts_per_clip[0],
             on_clip=lambda done, total, clip: server.show_progress(f"clip {done}/{total}: {clip}"),
             on_step=LossPreview(settings.steps).show,
         )
         curve = as_image(draw_losses(result.losses))
         guide = settings.stage == "guide"
         return io.NodeOutput(
-            load_guide_lora(result.path, 1.0) if guide else ExecutionBlocker(NOT_A_GUIDE),
+            load_guide_lora(result.path, strength=1.0) if guide else ExecutionBlocker(NOT_A_GUIDE),
             ExecutionBlocker(NOT_A_PROXY) if guide else load_file(result.path),
             curve,
             str(result.path),

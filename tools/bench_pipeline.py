@@ -103,7 +103,9 @@ class Pipeline:
 
         channels = plan.space.channels
         empty = torch.zeros(1, channels, *plan.proxy_latent)
-        proxy_model = apply_rope_method(self.model, "linear", 4.0, 1.0, plan)
+        proxy_model = apply_rope_method(
+            self.model, "linear", temporal_scale=4.0, spatial_scale=1.0, plan=plan
+        )
         with torch.inference_mode():
             self.sample(proxy_model, empty, 1)  # loads the weights
             stage("proxy", lambda: self.sample(proxy_model, empty, PROXY_STEPS))

@@ -30,6 +30,7 @@ def apply_detail_branch(
     proxy: Tensor | None,
     window: Grid,
     guide_noise: str,
+    *,
     start_percent: float = 0.0,
     end_percent: float = 1.0,
     overlap: str = "shifted",

@@ -121,7 +121,7 @@ def scaled_rope(
 
 
 def apply_rope_method(
-    model: Any, method: str, temporal_scale: float, spatial_scale: float, plan: Plan | None
+    model: Any, method: str, *, temporal_scale: float, spatial_scale: float, plan: Plan | None
 ) -> Any:
     """A clone of `model` whose temporal and spatial positions are scaled (AtlasVid section 3.2).
 

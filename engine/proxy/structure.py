@@ -65,7 +65,7 @@ def guidance_weight(sigma: float, sigma_end: float) -> float:
 
 
 def apply_structure_guidance(
-    model: Any, plan: Plan, proxy: Tensor, strength: float, end_percent: float
+    model: Any, plan: Plan, proxy: Tensor, *, strength: float, end_percent: float
 ) -> Any:
     """A clone of `model` whose predicted latents take their low band from the proxy.
 

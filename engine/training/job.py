@@ -82,6 +82,7 @@ def train(
     plan: Plan,
     settings: TrainSettings,
     clips: Sequence[Clip],
+    *,
     resume: bool = True,
     cuts_per_clip: int = CUTS_PER_CLIP,
     cards: Cards = ONE_CARD,

@@ -163,7 +163,7 @@ def encode_frames(vae: Any, source: FrameSource, budget: str = AUTO) -> Tensor:
 
 
 def start_image_latents(
-    vae: Any, start_image: Tensor, width: int, height: int, frames: int, budget: str
+    vae: Any, start_image: Tensor, *, width: int, height: int, frames: int, budget: str
 ) -> tuple[Tensor, Tensor]:
     """What a Wan image-to-video model is shown: `concat_latent_image` and `concat_mask`.
 

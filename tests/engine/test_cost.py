@@ -6,12 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 from atlasvid.engine.branch.apply import apply_detail_branch
+from atlasvid.engine.branch.memory import wanted_bytes
+from atlasvid.engine.branch.settings import GUIDE_NOISE, DetailSettings
 from atlasvid.engine.comfyui import media
 from atlasvid.engine.estimate import calibration, cost, overview
 from atlasvid.engine.estimate.cost import ModelShape, Rates, Settings
 from atlasvid.engine.families import tiny
+from atlasvid.engine.families.family import family_of
 from atlasvid.engine.geometry.grid import Grid
-from atlasvid.engine.geometry.layout import Layout
+from atlasvid.engine.geometry.layout import OVERLAPS, Layout
 from atlasvid.engine.geometry.plan import make_plan
 from atlasvid.engine.geometry.windows import COMPACT, SlidingWindows
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -104,6 +107,23 @@ def test_what_a_margin_reads_is_in_the_memory():
         cost.memory(cost.WAN_1_3B, UHD, s, MACHINE).card_least for s in (Settings(COMPACT), wide)
     ]
     assert need[0] < need[1]
+
+
+@pytest.mark.parametrize("overlap", OVERLAPS)
+@pytest.mark.parametrize("guide_noise", GUIDE_NOISE)
+@pytest.mark.parametrize("margin", [0, 3])
+def test_memory_is_that_of_the_forwards_own_workload(overlap, guide_noise, margin):
+    window, proxy = Grid(6, 20, 20), torch.zeros(1, 16, *UHD.proxy_latent)
+    chosen = {"overlap": overlap, "guide_noise": guide_noise, "guide_margin": margin}
+    settings = DetailSettings(Layout(UHD, window, overlap, margin), guide_noise, proxy)
+    shape = family_of(small_wan()).shape(small_wan().model.diffusion_model)
+    work = settings.workload(shape, 4, 1, keep_guide=True)
+    no_card = replace(MACHINE, card=0, element_bytes=4)
+    need = cost.memory(SHAPE, UHD, Settings(window, **chosen), no_card)
+    latent, weights = 4 * 16 * UHD.latent.count, SHAPE.weights
+    assert need.card == weights + wanted_bytes(work, latent)
+    assert need.card_least == 8 * latent + work.least_chunk_bytes + 2 * weights // SHAPE.layers
+    assert need.host == weights + latent + work.token_bytes + work.guide_bytes + work.ring_bytes
 
 
 def test_flops_of_the_stock_forward():

@@ -1,5 +1,7 @@
 """The detail branch against the stock forward and against the dense reference."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from atlasvid.engine.branch import block_task
@@ -7,6 +9,7 @@ from atlasvid.engine.branch import forward as engine_forward
 from atlasvid.engine.branch.apply import apply_detail_branch
 from atlasvid.engine.branch.settings import GUIDE_NOISE, auto_guide_weight
 from atlasvid.engine.comfyui import models
+from atlasvid.engine.device.chunks import ChunkSize
 from atlasvid.engine.geometry.grid import Grid
 from atlasvid.engine.geometry.layout import OVERLAPS
 from dense_reference import dense_forward
@@ -409,11 +412,19 @@ def test_chunk_size_does_not_change_the_result(wan, monkeypatch, overlap):
     proxy = rand(1, 16, 2, 6, 8)
     patched = apply_detail_branch(wan, plan, proxy, Grid(2, 4, 4), "clean", overlap=overlap)
     x, t, context = inputs((5, 14, 18))
-    results = []
+    results, chunks, stock = [], [], ChunkSize.keep_pace
+
+    def counted(self):  # called once for every chunk
+        chunks[-1] += 1
+        stock(self)
+
+    monkeypatch.setattr(ChunkSize, "keep_pace", counted)
     for chunk in (7, 64, 100, 100_000):  # 100: windows of several sizes in one chunk
         monkeypatch.setattr(engine_forward, "CPU_CHUNK", chunk)
+        chunks.append(0)
         results.append(forward(patched, x, t, context))
     assert all(relative_error(result, results[-1]) < 1e-6 for result in results)
+    assert all(more > fewer for more, fewer in pairwise(chunks)), chunks
 
 
 @pytest.mark.parametrize("overlap", OVERLAPS)

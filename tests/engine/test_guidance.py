@@ -42,9 +42,13 @@ def test_low_pass_is_a_projection():
     assert torch.allclose(once, twice, atol=1e-10)
 
 
+def guide(wan, proxy, strength=1.0):
+    return apply_structure_guidance(wan, PLAN, proxy, strength=strength, end_percent=0.6)
+
+
 def test_low_band_becomes_the_proxys_and_high_band_stays(wan):
     proxy, denoised = rand(1, 16, 2, 8, 12, seed=1), rand(1, 16, 5, 16, 24, seed=2)
-    guided = run(apply_structure_guidance(wan, PLAN, proxy, 1.0, 0.6), denoised, 1.0)
+    guided = run(guide(wan, proxy), denoised, 1.0)
     wanted = upscale_proxy(wan.model.latent_format.process_in(proxy), PLAN)
     low, high = bands(guided)
     assert torch.allclose(low, bands(wanted)[0], atol=1e-5)
@@ -54,17 +58,15 @@ def test_low_band_becomes_the_proxys_and_high_band_stays(wan):
 
 def test_half_strength_goes_half_way(wan):
     proxy, denoised = rand(1, 16, 2, 8, 12, seed=1), rand(1, 16, 5, 16, 24, seed=2)
-    full = run(apply_structure_guidance(wan, PLAN, proxy, 1.0, 0.6), denoised, 1.0)
-    half = run(apply_structure_guidance(wan, PLAN, proxy, 0.5, 0.6), denoised, 1.0)
+    full = run(guide(wan, proxy), denoised, 1.0)
+    half = run(guide(wan, proxy, strength=0.5), denoised, 1.0)
     assert torch.allclose(half, (full + denoised) / 2, atol=1e-5)
 
 
 def test_strength_zero_and_late_steps_change_nothing(wan):
     proxy, denoised = rand(1, 16, 2, 8, 12, seed=1), rand(1, 16, 5, 16, 24, seed=2)
-    assert torch.equal(
-        run(apply_structure_guidance(wan, PLAN, proxy, 0.0, 0.6), denoised, 1.0), denoised
-    )
-    guided = apply_structure_guidance(wan, PLAN, proxy, 1.0, 0.6)
+    assert torch.equal(run(guide(wan, proxy, strength=0.0), denoised, 1.0), denoised)
+    guided = guide(wan, proxy)
     end = wan.get_model_object("model_sampling").percent_to_sigma(0.6)
     assert torch.equal(run(guided, denoised, float(end)), denoised)
     assert torch.equal(run(guided, denoised, 0.1), denoised)
@@ -77,6 +79,6 @@ def test_weight_falls_as_a_cosine():
 
 
 def test_another_latent_size_is_refused(wan):
-    guided = apply_structure_guidance(wan, PLAN, rand(1, 16, 2, 8, 12), 1.0, 0.6)
+    guided = guide(wan, rand(1, 16, 2, 8, 12))
     with pytest.raises(ValueError, match="planned for a latent of 5 x 16 x 24"):
         run(guided, rand(1, 16, 5, 16, 16), 1.0)

@@ -30,22 +30,22 @@ def stock_scaled(wan, time, space=1.0):
 
 
 def test_linear_is_the_stock_node(wan):
-    ours = apply_rope_method(wan, "linear", 4.0, 0.5, None)
+    ours = apply_rope_method(wan, "linear", temporal_scale=4.0, spatial_scale=0.5, plan=None)
     assert torch.equal(sample(ours), sample(stock_scaled(wan, 4.0, 0.5)))
     assert relative_error(sample(ours), sample(wan)) > 1e-3
 
 
 def test_the_plans_stride_is_the_scale(wan):
     plan = plan_of((7, 16, 16), (3, 8, 8), stride=3)
-    ours = apply_rope_method(wan, "linear", 4.0, 1.0, plan)
+    ours = apply_rope_method(wan, "linear", temporal_scale=4.0, spatial_scale=1.0, plan=plan)
     assert torch.equal(sample(ours), sample(stock_scaled(wan, 3.0)))
 
 
 @pytest.mark.parametrize("method", ["ntk", "yarn"])
 def test_scale_one_changes_nothing(wan, method):
-    same = apply_rope_method(wan, method, 1.0, 1.0, None)
+    same = apply_rope_method(wan, method, temporal_scale=1.0, spatial_scale=1.0, plan=None)
     assert relative_error(sample(same), sample(wan)) < 1e-5
-    scaled = apply_rope_method(wan, method, 4.0, 1.0, None)
+    scaled = apply_rope_method(wan, method, temporal_scale=4.0, spatial_scale=1.0, plan=None)
     assert relative_error(sample(scaled), sample(wan)) > 1e-3
 
 
@@ -91,7 +91,7 @@ def test_riflex_formula():
 
 def test_riflex_covers_the_plan(wan):
     plan = plan_of((41, 16, 16), (11, 8, 8), stride=4)
-    ours = apply_rope_method(wan, "riflex", 1.0, 1.0, plan)
+    ours = apply_rope_method(wan, "riflex", temporal_scale=1.0, spatial_scale=1.0, plan=plan)
     rope = ours.get_model_object("diffusion_model.rope_embedder")
     assert float(rope.frequencies[0][5]) == pytest.approx(
         min(10000 ** (-10 / 44), 0.9 * 2 * math.pi / 41)
@@ -102,7 +102,7 @@ def test_riflex_covers_the_plan(wan):
 def test_the_model_itself_is_untouched(wan):
     before = sample(wan)
     for method in ("linear", "ntk", "yarn", "riflex"):
-        sample(apply_rope_method(wan, method, 4.0, 0.5, None))
+        sample(apply_rope_method(wan, method, temporal_scale=4.0, spatial_scale=0.5, plan=None))
     assert torch.equal(before, sample(wan))
 
 
@@ -116,4 +116,4 @@ def test_the_model_itself_is_untouched(wan):
 )
 def test_wrong_values_are_refused(wan, method, time, space, message):
     with pytest.raises(ValueError, match=message):
-        apply_rope_method(wan, method, time, space, None)
+        apply_rope_method(wan, method, temporal_scale=time, spatial_scale=space, plan=None)

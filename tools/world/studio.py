@@ -154,7 +154,13 @@ class Studio:
 
         model = self.proxy_model if lora else self.model
         if scaled:
-            model = apply_rope_method(model, "linear", float(plan.temporal_stride), 1.0, plan)
+            model = apply_rope_method(
+                model,
+                "linear",
+                temporal_scale=float(plan.temporal_stride),
+                spatial_scale=1.0,
+                plan=plan,
+            )
         empty = torch.zeros(1, plan.space.channels, *plan.proxy_latent)
         return self.sample(model, prompt, empty, PROXY_STEPS, 1.0, seed)
 
@@ -184,7 +190,11 @@ class Studio:
         )
         if method.structure:
             model = apply_structure_guidance(
-                model, case_plan, proxy, method.structure, method.structure_end
+                model,
+                case_plan,
+                proxy,
+                strength=method.structure,
+                end_percent=method.structure_end,
             )
         return model
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from atlasvid.engine.branch.settings import DetailSettings
+from atlasvid.engine.branch.shifted import ShiftedAttention
 from atlasvid.engine.comfyui import management, models
 from atlasvid.engine.device.chunks import ChunkSize
 from atlasvid.engine.families import wan as wan_family
@@ -83,6 +84,19 @@ def same_gradients(ours, theirs):
         assert (mine - gradient).abs().max() < 1e-5 * scale, name
 
 
+@pytest.fixture
+def spans(monkeypatch):
+    """Which windows were evaluated together, chunk by chunk."""
+    found, stock = [], ShiftedAttention.attended
+
+    def recorded(self, task, order, start, stop, y):
+        found.append((start, stop))
+        return stock(self, task, order, start, stop, y)
+
+    monkeypatch.setattr(ShiftedAttention, "attended", recorded)
+    return found
+
+
 CASES = [
     # target latent, proxy latent, stride, window, batch, chunk, guide weight
     ((5, 8, 12), (2, 4, 6), 4, (2, 3, 3), 1, 2048, 1),
@@ -109,6 +123,7 @@ def test_guide_gradients_equal_the_dense_reference(
     chunk,
     weight,
     guide_noise,
+    spans,
 ):
     x, context = rand(batch, 16, *latent, seed=1), rand(batch, 16, 4096, seed=2)
     t, target = torch.full((batch,), 600.0), rand(batch, 16, *latent, seed=3)
@@ -121,6 +136,7 @@ def test_guide_gradients_equal_the_dense_reference(
         ours = guide_forward(
             Nets(frozen_view(wan), adapters.view), wan_family, settings, (x, t, context), chunk
         )
+        assert (len(spans) > batch * len(wan.blocks)) == (chunk.tokens < plan.tokens.count)
         mine = gradients(adapters, F.mse_loss(ours, target))
 
     guide, guide_t = proxy.expand(batch, -1, -1, -1, -1), torch.zeros(batch)

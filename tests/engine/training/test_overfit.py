@@ -135,7 +135,11 @@ def test_a_proxy_lora_learns_a_clip_by_heart(dataset_of, tmp_path):
     lora = comfy.utils.load_torch_file(str(result.path))
     patched, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
     with_lora, without = (
-        distance(apply_rope_method(each, "linear", 1.0, 1.0, plan), sample.guide, sample.text)
+        distance(
+            apply_rope_method(each, "linear", temporal_scale=1.0, spatial_scale=1.0, plan=plan),
+            sample.guide,
+            sample.text,
+        )
         for each in (patched, model)
     )
     print(before, after, with_lora, without)

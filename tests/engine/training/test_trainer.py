@@ -128,7 +128,7 @@ def test_the_stock_loader_takes_every_key_of_a_proxy_lora(trained, data, caplog)
     assert len(patches) == len(tensors) / 3 == 3 * 10
 
     patched, _ = comfy.sd.load_lora_for_models(model, None, tensors, 1.0, 0.0)
-    patched = apply_rope_method(patched, "linear", 1.0, 1.0, PLAN)
+    patched = apply_rope_method(patched, "linear", temporal_scale=1.0, spatial_scale=1.0, plan=PLAN)
     sample = data["proxy"].sample(0)
     x = models.process_latent_in(model, sample.guide)
     ours = predicted(run, sample, x, sample.text)
