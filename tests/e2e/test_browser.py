@@ -6,13 +6,13 @@ Everything runs in both renderers, the canvas and "Nodes 2.0".
 import copy
 import json
 import re
-import shutil
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import browser
 import comfy_server
 import pytest
 from playwright.sync_api import Page, sync_playwright
@@ -21,7 +21,6 @@ ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = {
     file.stem: json.loads(file.read_text("utf-8")) for file in ROOT.glob("workflows/*.json")
 }
-READY = "() => window.app && window.app.extensionManager && window.app.graph"
 RENDERERS = {"canvas": False, "nodes-2": True}
 VUE_NODES = "Comfy.VueNodes.Enabled"
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Validation.Workflows": True}
@@ -97,11 +96,10 @@ def desk(
     for name, value in {**SETTINGS, VUE_NODES: RENDERERS[request.param]}.items():
         comfy_server.request(f"{server.address}/settings/{name}", value)
     with sync_playwright() as playwright:
-        executable = shutil.which("chromium") or shutil.which("chromium-browser")
-        chromium = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        chromium = browser.launch(playwright)
         opened = Desk(chromium.new_page(viewport={"width": 1600, "height": 1000}))
         opened.page.goto(server.address)
-        opened.page.wait_for_function(READY, timeout=60_000)
+        opened.page.wait_for_function(browser.APP_IS_READY, timeout=60_000)
         opened.page.wait_for_timeout(1500)
         yield opened
         chromium.close()
