@@ -15,7 +15,6 @@ import html
 import io
 import json
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import browser
 import comfy_server
 from environment import COMFYUI, ROOT, prepare
 from twins import PROMPT, tiny_twin
@@ -30,7 +30,6 @@ from workflow import to_prompt
 
 IMAGES = ROOT / "web" / "docs" / "images"
 WORKFLOWS = ROOT / "workflows"
-READY = "() => window.app && window.app.extensionManager && window.app.graph"
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}
 THUMBNAIL = {"width": 800, "height": 450}
 SHOWN = (
@@ -101,7 +100,7 @@ def opened(width: int, height: int, scale: float = 1.0) -> Iterator[Any]:
         playwright = stack.enter_context(sync_playwright())
         page = launched(playwright, width, height, scale)
         page.goto(address)
-        page.wait_for_function(READY, timeout=60_000)
+        page.wait_for_function(browser.APP_IS_READY, timeout=60_000)
         page.wait_for_timeout(2000)
         yield page
 
@@ -114,11 +113,9 @@ def models_of_workflows() -> Iterator[dict[str, str]]:
 
 
 def launched(playwright: Any, width: int, height: int, scale: float) -> Any:
-    """An empty page of the system's Chromium."""
-    executable = shutil.which("chromium") or shutil.which("chromium-browser")
-    browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+    """An empty page of the system's browser."""
     size = {"width": width, "height": height}
-    return browser.new_page(viewport=size, device_scale_factor=scale)
+    return browser.launch(playwright).new_page(viewport=size, device_scale_factor=scale)
 
 
 def nodes() -> None:

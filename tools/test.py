@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import browser
 from environment import (
     COMFYUI,
     COMFYUI_OLDEST,
@@ -27,13 +28,12 @@ from environment import (
 CARD_TESTS = [
     f"tests/engine/test_{name}.py" for name in ("detail", "weighted", "run", "models", "compiled")
 ]
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 def provide_system_packages() -> None:
     """Installs what only the system's package manager has. Raises SetupError where it cannot."""
     wanted = [package] if (package := missing_venv_package()) else []
-    if not any(shutil.which(browser) for browser in BROWSERS):
+    if not browser.installed():
         wanted.append("chromium")
     if not wanted:
         return

@@ -5,7 +5,6 @@ COMFYUI_PATH names the ComfyUI under test, COMFYUI_OLDEST_PATH the oldest one th
 """
 
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -17,10 +16,8 @@ from playwright.sync_api import Page, sync_playwright
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tools"))  # last: a test must not find tools/test.py for `test`
 
+import browser  # noqa: E402
 import comfy_server  # noqa: E402
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-APP_IS_READY = "() => window.app && window.app.extensionManager && window.app.graph"
 
 
 def comfyui_folder(variable: str) -> Path:
@@ -67,13 +64,10 @@ def any_server(
 @pytest.fixture
 def page(server: comfy_server.Server) -> Iterator[Page]:
     """The front end of the ComfyUI under test in a real browser, ready for a workflow."""
-    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
-    if not browser:
-        pytest.exit("no chromium: run `python tools/test.py`", 2)
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        chromium = browser.launch(playwright)
         opened = chromium.new_page()
         opened.goto(server.address)
-        opened.wait_for_function(APP_IS_READY, timeout=60_000)
+        opened.wait_for_function(browser.APP_IS_READY, timeout=60_000)
         yield opened
         chromium.close()

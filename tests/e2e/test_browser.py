@@ -4,16 +4,18 @@ Everything runs in both renderers, the canvas and "Nodes 2.0".
 """
 
 import copy
+import itertools
 import json
 import re
-import shutil
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import browser
 import comfy_server
+import numpy as np
 import pytest
 from playwright.sync_api import Page, sync_playwright
 
@@ -21,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = {
     file.stem: json.loads(file.read_text("utf-8")) for file in ROOT.glob("workflows/*.json")
 }
-READY = "() => window.app && window.app.extensionManager && window.app.graph"
+BLUEPRINT = json.loads((ROOT / "subgraphs" / "AtlasVid prompt to 4K.json").read_text("utf-8"))
 RENDERERS = {"canvas": False, "nodes-2": True}
 VUE_NODES = "Comfy.VueNodes.Enabled"
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Validation.Workflows": True}
@@ -42,13 +44,66 @@ NEEDS_FILES = {
 }
 PLAN_NODE = "app.graph.nodes.find((node) => node.type === 'AtlasVidPlan')"
 PICTURE = ".atlasvid-plan svg.atlasvid-picture"
+ADVANCED = "Comfy.Node.AlwaysShowAdvancedWidgets"
+# What the open graph covers, each by its name: nodes with their title bars, and groups.
+RECTANGLES = """async (inDocument) => {
+    const { canvas, graph } = app.canvas
+    await app.extensionManager.command.execute("Comfy.Canvas.FitView")
+    await new Promise((done) => setTimeout(done, 1500))  // nodes grow to what they show
+    const { scale, offset } = app.canvas.ds
+    const corner = canvas.getBoundingClientRect()
+    const ofElement = (element) => {
+        const { x, y, width, height } = element.getBoundingClientRect()
+        const [left, top] = [(x - corner.x) / scale - offset[0], (y - corner.y) / scale - offset[1]]
+        return [left, top, width / scale, height / scale]
+    }
+    const ofNode = (node) => [...(inDocument
+        ? ofElement(document.querySelector(`[data-node-id="${node.id}"]`))
+        : node.getBounding())]
+    const nodes = graph.nodes.map((node) => [`${node.title} (${node.id})`, ofNode(node)])
+    for (const end of ["inputNode", "outputNode"])
+        if (graph[end]) nodes.push([end, [...graph[end].boundingRect]])
+    const groups = graph.groups.map((group) => [group.title, [...group.boundingRect]])
+    return { nodes: Object.fromEntries(nodes), groups: Object.fromEntries(groups) }
+}"""
+
+
+Rectangle = list[float]  # left, top, width, height
+
+
+def shared(one: Rectangle, other: Rectangle) -> tuple[float, float]:
+    """Width and height of what two rectangles have in common; negative where they are apart."""
+    (x, y, width, height), (left, top, wide, high) = one, other
+    return (
+        min(x + width, left + wide) - max(x, left),
+        min(y + height, top + high) - max(y, top),
+    )
+
+
+def overlaps(rectangles: dict[str, Rectangle]) -> list[str]:
+    return [
+        f"{one} and {other}"
+        for (one, first), (other, second) in itertools.combinations(rectangles.items(), 2)
+        if min(shared(first, second)) > 0
+    ]
+
+
+def standing_out(nodes: dict[str, Rectangle], groups: dict[str, Rectangle]) -> list[str]:
+    """The nodes that lie partly in a group."""
+    return [
+        f"{name} of {group}"
+        for (name, node), (group, around) in itertools.product(nodes.items(), groups.items())
+        if min(shared(node, around)) > 0
+        and not np.allclose(shared(node, around), node[2:], atol=1)  # pixels are rounded
+    ]
 
 
 class Desk:
     """A page with the front end, and what went wrong on it."""
 
-    def __init__(self, page: Page):
+    def __init__(self, page: Page, in_document: bool):
         self.page = page
+        self.in_document = in_document  # whether nodes are elements, or drawn on the canvas
         self.errors: list[str] = []
         self.missing: list[str] = []
         page.on("console", self._on_console)
@@ -84,6 +139,20 @@ class Desk:
             values,
         )
 
+    def disorder(self) -> list[str]:
+        """The nodes and groups of the open graph that lie over each other."""
+        found = self.page.evaluate(RECTANGLES, self.in_document)
+        nodes, groups = found["nodes"], found["groups"]
+        return overlaps(nodes) + overlaps(groups) + standing_out(nodes, groups)
+
+    def disorder_of_all_inputs(self) -> list[str]:
+        """As `disorder`, with the advanced inputs shown too."""
+        show = "(shown) => app.extensionManager.setting.set('" + ADVANCED + "', shown)"
+        self.page.evaluate(show, True)
+        found = self.disorder()
+        self.page.evaluate(show, False)
+        return found
+
     def prompt(self) -> dict[str, Any]:
         return self.page.evaluate("async () => (await app.graphToPrompt()).output")
 
@@ -97,11 +166,12 @@ def desk(
     for name, value in {**SETTINGS, VUE_NODES: RENDERERS[request.param]}.items():
         comfy_server.request(f"{server.address}/settings/{name}", value)
     with sync_playwright() as playwright:
-        executable = shutil.which("chromium") or shutil.which("chromium-browser")
-        chromium = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
-        opened = Desk(chromium.new_page(viewport={"width": 1600, "height": 1000}))
+        chromium = browser.launch(playwright)
+        opened = Desk(
+            chromium.new_page(viewport={"width": 1600, "height": 1000}), RENDERERS[request.param]
+        )
         opened.page.goto(server.address)
-        opened.page.wait_for_function(READY, timeout=60_000)
+        opened.page.wait_for_function(browser.APP_IS_READY, timeout=60_000)
         opened.page.wait_for_timeout(1500)
         yield opened
         chromium.close()
@@ -137,6 +207,25 @@ def test_opens_from_the_template_browser(desk: Desk, name: str) -> None:
     assert plan.get("error") is None
     assert not desk.errors
     assert not desk.missing
+
+
+@pytest.mark.parametrize("name", sorted(WORKFLOWS))
+def test_no_node_lies_over_another(desk: Desk, name: str) -> None:
+    desk.open(WORKFLOWS[name])
+    assert desk.disorder() == []
+    assert desk.disorder_of_all_inputs() == []
+
+
+def test_no_node_of_the_blueprint_lies_over_another(desk: Desk) -> None:
+    desk.page.evaluate("(workflow) => app.loadGraphData(workflow)", BLUEPRINT)
+    desk.page.evaluate(
+        """() => {
+            const [box] = app.graph.nodes
+            app.canvas.openSubgraph(box.subgraph, box)
+        }"""
+    )
+    assert desk.disorder() == []
+    assert desk.disorder_of_all_inputs() == []
 
 
 def test_widgets_keep_their_values(desk: Desk) -> None:
@@ -257,6 +346,7 @@ def test_demo_shows_its_video_in_the_node(desk: Desk) -> None:
     page.locator(".atlasvid-plan pre").get_by_text("Target 256 x 144").wait_for()
     listed = page.locator(".atlasvid-plan table")
     listed.get_by_text("AtlasVid Tiny Models").wait_for()
+    assert desk.disorder() == []  # nodes grow with what they show
     assert not desk.errors
 
 
@@ -265,8 +355,7 @@ def test_blueprint_is_offered(desk: Desk) -> None:
     offered = page.evaluate("async () => (await app.api.fetchApi('/global_subgraphs')).json()")
     ours = [item for item in offered.values() if item["name"] == "AtlasVid prompt to 4K"]
     assert len(ours) == 1
-    blueprint = json.loads((ROOT / "subgraphs" / "AtlasVid prompt to 4K.json").read_text("utf-8"))
-    page.evaluate("(workflow) => app.loadGraphData(workflow)", blueprint)
+    page.evaluate("(workflow) => app.loadGraphData(workflow)", BLUEPRINT)
     used = {node["class_type"] for node in desk.prompt().values()}
     assert {"AtlasVidPlan", "AtlasVidHierarchicalAttention", "AtlasVidDecodeToVideo"} <= used
     assert not desk.errors

@@ -1,0 +1,26 @@
+"""The browser that the tests and the pictures run in: a Chromium that the system has."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+from environment import SetupError
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Playwright
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+APP_IS_READY = "() => window.app && window.app.extensionManager && window.app.graph"
+
+
+def installed() -> str | None:
+    """The path of the first browser that is there."""
+    return next((found for name in NAMES if (found := shutil.which(name))), None)
+
+
+def launch(playwright: Playwright) -> Browser:
+    """The browser, started without a window. Raises SetupError where there is none."""
+    if not (path := installed()):
+        raise SetupError(f"none of {', '.join(NAMES)} is installed: run `python tools/test.py`")
+    return playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])

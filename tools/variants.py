@@ -1,0 +1,421 @@
+"""Makes the workflows that vary the 4K one, and the blueprint, and gives all graphs new inputs.
+
+Run it after changing a graph in ComfyUI or an input of a node. Made anew are the VARIANTS and the
+blueprint; the other graphs only get the inputs that a node has now, with their defaults.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from twins import TINY_OUTPUTS
+from workflow import DYNAMIC_COMBO, Input, inputs_of
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKFLOWS = ROOT / "workflows"
+BLUEPRINT = ROOT / "subgraphs" / "AtlasVid prompt to 4K.json"
+VARIED = "atlasvid_t2v_4k"
+
+Json = dict[str, Any]
+
+
+# --- Nodes ----------------------------------------------------------------------------------
+
+
+def node_definitions() -> dict[str, Json]:
+    """The pack's nodes as /object_info describes them."""
+    from atlasvid.nodes import NODES
+
+    return {node.GET_SCHEMA().node_id: node.GET_NODE_INFO_V1() for node in NODES}
+
+
+def places(node: Json) -> dict[str, slice]:
+    """Where the value of each widget lies in `widgets_values`, a seed's control included."""
+    found, end = {}, 0
+    for slot in node["inputs"]:
+        if "widget" in slot:
+            start, end = end, end + 1 + Input(slot["name"], slot["type"], {}).has_control
+            found[slot["name"]] = slice(start, end)
+    return found
+
+
+def set_values(node: Json, values: Mapping[str, Any]) -> None:
+    """Sets widgets by name. A model's name changes in what the front end downloads too."""
+    for name, value in values.items():
+        place = places(node)[name].start
+        before, node["widgets_values"][place] = node["widgets_values"][place], value
+        for model in node["properties"].get("models", ()):
+            if model["name"] == before:
+                model["name"], model["url"] = value, model["url"].replace(before, value)
+
+
+def set_current_inputs(node: Json, definition: Json) -> None:
+    """Gives a node the inputs of its definition, in their order; new ones have their defaults."""
+    slots = {slot["name"]: slot for slot in node["inputs"]}
+    values = {name: node["widgets_values"][place] for name, place in places(node).items()}
+
+    def shown(inputs: list[Input]) -> Iterator[Input]:
+        for each in inputs:
+            if each.is_widget:
+                value = values.setdefault(
+                    each.name, [each.default, "fixed"] if each.has_control else [each.default]
+                )
+                yield each
+                if each.type == DYNAMIC_COMBO:
+                    yield from shown(each.children(value[0]))
+
+    inputs = inputs_of(definition)
+    widgets = list(shown(inputs))
+    sockets = [each for each in inputs if not each.is_widget]
+    optional = definition["input"].get("optional", {})
+    node["inputs"] = [
+        slots.get(each.name)
+        or {
+            "localized_name": each.name,
+            "name": each.name,
+            **({"shape": 7} if each.name in optional else {}),
+            "type": each.type,
+            **({"widget": {"name": each.name}} if each.is_widget else {}),
+            "link": None,
+        }
+        for each in sockets + widgets
+    ]
+    node["widgets_values"] = [value for each in widgets for value in values[each.name]]
+
+
+def slot_of(node: Json, name: str) -> int:
+    return [slot["name"] for slot in node["inputs"]].index(name)
+
+
+# --- Graphs ---------------------------------------------------------------------------------
+
+
+class Graph:
+    """A workflow under change. Nodes go by their title, or by their type where they have none."""
+
+    def __init__(self, workflow: Json):
+        self.workflow = copy.deepcopy(workflow)
+        self.nodes: list[Json] = self.workflow["nodes"]
+        self.links: list[list[Any]] = self.workflow["links"]
+
+    def node(self, name: str) -> Json:
+        (found,) = [node for node in self.nodes if name in (node.get("title"), node["type"])]
+        return found
+
+    def add(self, node: Json, behind: str) -> Json:
+        """Adds a node, in the file behind another."""
+        self.workflow["last_node_id"] += 1
+        made = {"id": self.workflow["last_node_id"], **copy.deepcopy(node)}
+        self.nodes.insert(self.nodes.index(self.node(behind)) + 1, made)
+        return made
+
+    def connect(self, origin: Json, output: int, target: Json, name: str) -> None:
+        """Links an output to a named input, in place of what fed it."""
+        end = [target["id"], slot_of(target, name)]
+        self.links[:] = [link for link in self.links if link[3:5] != end]
+        self.workflow["last_link_id"] += 1
+        kind = origin["outputs"][output]["type"]
+        self.links.append([self.workflow["last_link_id"], origin["id"], output, *end, kind])
+
+    def take_over(self, before: Json, node: Json, output: int) -> None:
+        """Lets an output of `node` feed all that `before` fed."""
+        for link in self.links:
+            if link[1] == before["id"]:
+                link[1:3] = node["id"], output
+
+    def lower(self, distance: int, names: tuple[str, ...], groups: tuple[str, ...]) -> None:
+        """Moves nodes down, and the lower borders of groups with them."""
+        for name in names:
+            self.node(name)["pos"][1] += distance
+        for group in self.workflow["groups"]:
+            if group["title"] in groups:
+                group["bounding"][3] += distance
+
+    def set_all_current_inputs(self, definitions: Mapping[str, Json]) -> None:
+        for node in self.nodes:
+            if node["type"] in definitions:
+                ends = [link for link in self.links if link[3] == node["id"]]
+                names = [node["inputs"][link[4]]["name"] for link in ends]
+                set_current_inputs(node, definitions[node["type"]])
+                for link, name in zip(ends, names, strict=True):
+                    link[4] = slot_of(node, name)
+
+    def finished(self) -> Json:
+        """The workflow, with the links that its nodes name brought in line with its own."""
+        for node in self.nodes:
+            for i, slot in enumerate(node["inputs"]):
+                ends = [link[0] for link in self.links if link[3:5] == [node["id"], i]]
+                slot["link"] = next(iter(ends), None)
+            for i, slot in enumerate(node["outputs"]):
+                starts = [link[0] for link in self.links if link[1:3] == [node["id"], i]]
+                slot["links"] = starts or None
+        return self.workflow
+
+
+# --- Variants -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a workflow has in place of the 4K one's.
+
+    `note` is the last paragraph of the note; a variant without the 4K one's models and steps
+    gives the whole text below the title. `change` is for other nodes and links.
+    """
+
+    title: str
+    note: str
+    values: dict[str, Json]
+    whole_note: bool = False
+    change: Callable[[Graph], None] = field(default=lambda graph: None)
+
+
+T2V_14B = "wan2.1_t2v_14B_fp8_scaled.safetensors"
+FEW_STEPS = "lightx2v_T2V_14B_cfg_step_distill_v2_lora_rank64_bf16.safetensors"
+LORA_LOADER = {
+    "type": "LoraLoaderModelOnly",
+    "pos": [40, 270],
+    "size": [320, 90],
+    "flags": {},
+    "order": 0,
+    "mode": 0,
+    "inputs": [
+        {"name": "model", "type": "MODEL"},
+        {"name": "lora_name", "type": "COMBO", "widget": {"name": "lora_name"}},
+        {"name": "strength_model", "type": "FLOAT", "widget": {"name": "strength_model"}},
+    ],
+    "outputs": [{"name": "MODEL", "type": "MODEL"}],
+    "title": "Few-step LoRA",
+    "properties": {
+        "Node name for S&R": "LoraLoaderModelOnly",
+        "models": [
+            {
+                "name": FEW_STEPS,
+                "url": "https://huggingface.co/Kijai/WanVideo_comfy/resolve/main/Lightx2v/"
+                + FEW_STEPS,
+                "directory": "loras",
+            }
+        ],
+    },
+    "widgets_values": [FEW_STEPS, 1],
+    "color": "#223",
+    "bgcolor": "#335",
+}
+TINY_MODELS = {
+    "type": "AtlasVidTinyModels",
+    "pos": [40, 120],
+    "size": [320, 194],
+    "flags": {},
+    "order": 0,
+    "mode": 0,
+    "inputs": [],
+    "outputs": [
+        {"name": "model", "type": "MODEL"},
+        {"name": "clip", "type": "CLIP"},
+        {"name": "vae", "type": "VAE"},
+        {"name": "guide_lora", "type": "ATLASVID_GUIDE_LORA"},
+        {"name": "proxy_model", "type": "MODEL"},
+    ],
+    "properties": {"Node name for S&R": "AtlasVidTinyModels"},
+    "widgets_values": [],
+    "color": "#223",
+    "bgcolor": "#335",
+}
+
+
+def with_lora(graph: Graph) -> None:
+    model = graph.node("UNETLoader")
+    lora = graph.add(LORA_LOADER, behind="UNETLoader")
+    graph.take_over(model, lora, 0)
+    graph.connect(model, 0, lora, "model")
+    graph.lower(150, ("CLIPLoader", "VAELoader", "Read me"), ("Models", "Prompt"))
+
+
+def with_tiny_models(graph: Graph) -> None:
+    tiny = graph.add(TINY_MODELS, behind="VAELoader")
+    for name, output in TINY_OUTPUTS.items():
+        loader = graph.node(name)
+        graph.take_over(loader, tiny, output)
+        graph.nodes.remove(loader)
+    graph.connect(tiny, 4, graph.node("AtlasVidRoPE"), "model")
+
+
+def saved_as(name: str) -> dict[str, Json]:
+    return {
+        "Look at the proxy": {"filename_prefix": f"video/atlasvid_{name}_proxy"},
+        "The finished video": {"filename_prefix": f"video/atlasvid_{name}"},
+    }
+
+
+VARIANTS = {
+    "atlasvid_t2v_2k_20s": Variant(
+        "Text to 2K, twenty seconds",
+        "The proxy has 81 frames, as many as Wan was trained on: the longest video that needs no "
+        "other position scaling.",
+        {
+            "AtlasVidPlan": {"width": 2560, "height": 1440, "seconds": 20},
+            **saved_as("2k"),
+        },
+    ),
+    "atlasvid_t2v_8k": Variant(
+        "Text to 8K, 29 frames",
+        "A short clip needs no slower proxy: `temporal_stride` is 1, so proxy and video have the "
+        "same 29 frames.",
+        {
+            "AtlasVidPlan": {"width": 7680, "height": 4320, "seconds": 1.8, "temporal_stride": 1},
+            "Proxy video (fps / stride)": {"fps": 16},
+            **saved_as("8k"),
+        },
+    ),
+    "atlasvid_low_memory_2k": Variant(
+        "14B on a small card: 2K, five seconds",
+        "For cards with 12 GB: fp8 weights, a `memory_budget` of 4 GB beside them, and a streamed "
+        "decode. On less, set 2 GB; the result is the same, only slower.",
+        {
+            "UNETLoader": {"unet_name": T2V_14B},
+            "AtlasVidPlan": {"width": 2560, "height": 1440, "seconds": 5},
+            "AtlasVidHierarchicalAttention": {"memory_budget": "4 GB"},
+            "AtlasVidDecodeToVideo": {"memory_budget": "2 GB"},
+            **saved_as("low_memory"),
+        },
+    ),
+    "atlasvid_few_steps_4k": Variant(
+        "Text to 4K in few steps",
+        "The LoRA is distilled: 6 steps and 4 steps at cfg 1, where the negative prompt does "
+        "nothing. Other few-step LoRAs for Wan 2.1 14B work the same way.",
+        {
+            "UNETLoader": {"unet_name": T2V_14B},
+            "AtlasVidPlan": {"seconds": 5},
+            "Sample the proxy": {"steps": 6, "cfg": 1, "sampler_name": "lcm"},
+            "Sample the detail": {"steps": 4, "cfg": 1, "sampler_name": "lcm"},
+            **saved_as("fast"),
+        },
+        change=with_lora,
+    ),
+    "atlasvid_demo": Variant(
+        "The 4K graph on a tiny trained model",
+        "*AtlasVid Tiny Models* are a real Wan, text encoder and VAE made very small: a toy model "
+        "of 8 million parameters trained on drawings, to show the method, not Wan's quality. "
+        "Every node does its real work in about a minute on any computer.\n\n"
+        "**Its words**: wide or close *view of a* red, yellow, green, purple or white *balloon "
+        "drifting* left or right *over* hills, desert or snow *at* noon, dusk or night. The "
+        "negative prompt stays empty.\n\n"
+        "**Try**: another seed; 768 x 512; *guide_weight* 1 or 0, to see what the guide does; the "
+        "tiny guide LoRA into *guide_lora*.\n\n"
+        "For real pictures, open **atlasvid_t2v_4k**.",
+        {
+            "Prompt": {"text": "wide view of a red balloon drifting right over snow at noon"},
+            "Negative prompt": {"text": ""},
+            "AtlasVidPlan": {"width": 576, "height": 384, "seconds": 4, "proxy_short_side": 128},
+            "Sample the proxy": {"seed": 0, "steps": 16, "cfg": 3, "sampler_name": "euler"},
+            "Sample the detail": {"seed": 0, "steps": 8, "cfg": 3, "sampler_name": "euler"},
+            **saved_as("demo"),
+        },
+        whole_note=True,
+        change=with_tiny_models,
+    ),
+}
+
+
+def varied(name: str, variant: Variant, workflow: Json) -> Graph:
+    """The graph of a variant of `workflow`."""
+    graph = Graph(workflow)
+    graph.workflow["id"] = str(uuid.uuid5(uuid.UUID(workflow["id"]), name))
+    variant.change(graph)
+    for node, values in variant.values.items():
+        set_values(graph.node(node), values)
+    text = graph.node("Read me")["widgets_values"]
+    _, models, _, *steps, _ = text[0].split("\n\n")
+    middle = [] if variant.whole_note else [models, model_list(graph), *steps]
+    text[0] = "\n\n".join([f"## {variant.title}", *middle, variant.note]) + "\n"
+    return graph
+
+
+def model_list(graph: Graph) -> str:
+    files = [file for node in graph.nodes for file in node["properties"].get("models", ())]
+    return "\n".join(
+        f"- [{file['name']}]({file['url']}) in `models/{file['directory']}`" for file in files
+    )
+
+
+# --- The blueprint --------------------------------------------------------------------------
+
+
+def with_nodes_of(workflow: Json, blueprint: Json) -> Json:
+    """The blueprint, with its nodes and their links taken from a workflow.
+
+    Which nodes it holds, and what its box shows, is kept.
+    """
+    made = copy.deepcopy(blueprint)
+    (box,) = made["nodes"]
+    (inside,) = made["definitions"]["subgraphs"]
+    held = {node["id"]: node for node in inside["nodes"]}
+    inside["nodes"] = [copy.deepcopy(each) for each in workflow["nodes"] if each["id"] in held]
+    nodes = {node["id"]: node for node in inside["nodes"]}
+    between = [link for link in workflow["links"] if link[1] in nodes and link[3] in nodes]
+    border = [
+        link
+        for link in inside["links"]
+        if not {link["origin_id"], link["target_id"]} <= nodes.keys()
+    ]
+    for node in nodes.values():
+        for slot in node["outputs"]:
+            kept = [link[0] for link in between if link[0] in (slot["links"] or ())]
+            slot["links"] = kept or None
+    for link in border:
+        if (target := link["target_id"]) in nodes:
+            name = held[target]["inputs"][link["target_slot"]]["name"]
+            link["target_slot"] = slot_of(nodes[target], name)
+            nodes[target]["inputs"][link["target_slot"]]["link"] = link["id"]
+            value = nodes[target]["widgets_values"][places(nodes[target])[name].start]
+            box["widgets_values"][link["origin_slot"]] = value
+        else:
+            output = nodes[link["origin_id"]]["outputs"][link["origin_slot"]]
+            output["links"] = [*(output["links"] or ()), link["id"]]
+    keys = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+    inside["links"] = [dict(zip(keys, link, strict=True)) for link in between] + border
+    return made
+
+
+# --- Files ----------------------------------------------------------------------------------
+
+
+def read(file: Path) -> Json:
+    return json.loads(file.read_text("utf-8"))
+
+
+def made() -> dict[Path, Json]:
+    """Every shipped graph as it has to be, by its file."""
+    definitions = node_definitions()
+    graphs = {file.stem: Graph(read(file)) for file in WORKFLOWS.glob("*.json")}
+    workflow = graphs[VARIED].workflow
+    graphs |= {name: varied(name, variant, workflow) for name, variant in VARIANTS.items()}
+    for graph in graphs.values():
+        graph.set_all_current_inputs(definitions)
+    found = {WORKFLOWS / f"{name}.json": graph.finished() for name, graph in graphs.items()}
+    return {**found, BLUEPRINT: with_nodes_of(workflow, read(BLUEPRINT))}
+
+
+def main() -> int:
+    from pack_loader import load_comfyui, load_pack
+
+    if not os.environ.get("COMFYUI_PATH"):
+        raise SystemExit("set COMFYUI_PATH to a ComfyUI folder")
+    load_comfyui(Path(os.environ["COMFYUI_PATH"]), "--cpu")
+    load_pack()
+    for file, graph in made().items():
+        if graph != read(file):
+            file.write_text(json.dumps(graph, indent=1, ensure_ascii=False) + "\n", "utf-8")
+            print(f"{file.relative_to(ROOT)} is new")
+    return 0
+
+
+if __name__ == "__main__":
+    main()
