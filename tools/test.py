@@ -26,7 +26,8 @@ from environment import (
 )
 
 CARD_TESTS = [
-    f"tests/engine/test_{name}.py" for name in ("detail", "weighted", "run", "models", "compiled")
+    "tests/engine/families/test_models.py",
+    *(f"tests/engine/branch/test_{name}.py" for name in ("detail", "weighted", "run", "compiled")),
 ]
 
 
