@@ -43,6 +43,8 @@ def apply_detail_branch(
 ) -> Any:
     """A clone of `model` that samples the plan's target with the detail branch.
 
+    It has as many parameters as the node has inputs.
+
     Args:
         proxy: ComfyUI latent [B, C, F_g, H_g, W_g], or None for windowed attention alone.
         window: tokens per window.

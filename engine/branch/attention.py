@@ -86,27 +86,24 @@ def verified(
 ) -> Tensor:
     """`chosen`, or PyTorch's attention where `chosen` was found wrong for such tensors.
 
-    The check runs once per device, precision and head size, on queries of the first batch row.
+    It has the parameters of ComfyUI's attention. The check runs once per device, precision and head size, on queries of the first batch row.
     """
     key = (name, q.device, q.dtype, q.shape[-1] // heads)
     if key not in _verdicts:
-        _verdicts[key] = _is_right(
-            name, chosen, q[:1, :CHECKED_QUERIES], k[:1], v[:1], heads, kwargs
-        )
+        few = q[:1, :CHECKED_QUERIES], k[:1], v[:1]
+        _verdicts[key] = _is_right(name, chosen, few, kwargs | {"heads": heads})
     if not _verdicts[key]:
         chosen = models.attention_function("pytorch") or chosen
     return chosen(q, k, v, heads=heads, **kwargs)
 
 
-def _is_right(
-    name: str, chosen: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, kwargs: dict
-) -> bool:
+def _is_right(name: str, chosen: Callable, few: tuple[Tensor, ...], kwargs: dict) -> bool:
     reference = models.attention_function("pytorch")
     if reference is None:
         return True
-    expected = reference(q, k, v, heads=heads, **kwargs).float()
+    expected = reference(*few, **kwargs).float()
     try:
-        given = chosen(q, k, v, heads=heads, **kwargs).float()
+        given = chosen(*few, **kwargs).float()
     except Exception as error:
         if management.is_out_of_memory(error):
             raise

@@ -16,10 +16,7 @@ from ..geometry.grid import Grid
 from .evaluation import Evaluation, per_token
 from .ring import Ring
 from .sparsity import keep_blocks
-from .weighted import weighted_attention
-
-Pair = tuple[Tensor, Tensor]
-"""Keys and values."""
+from .weighted import Pair, weighted_attention
 
 
 @dataclass(frozen=True)
@@ -66,10 +63,10 @@ class BlockTask:
         """
         settings, options, heads = self.ev.settings, self.ev.options, self.ev.heads
         if settings.keep_blocks:
-            k, v = keep_blocks(q, k, v, heads, size, settings.keep_blocks)
+            k, v = keep_blocks(q, (k, v), heads, size, settings.keep_blocks)
         patches = options.get("patches", {}).get("attn1_patch", ())
         if guide is not None and settings.guide_weight != 1:
-            out = weighted_attention(q, k, v, guide, heads, settings.guide_weight)
+            out = weighted_attention(q, (k, v), guide, heads, settings.guide_weight)
             if patches:
                 k = torch.cat([k, guide[0]], dim=1)
         else:

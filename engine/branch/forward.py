@@ -23,7 +23,7 @@ from ..geometry.layout import Layout
 from ..geometry.windows import SlidingWindows
 from ..proxy.latents import require_shape
 from .attention import override_for, say_if_passed_over
-from .block_task import BlockTask, Pair, WindowAttention
+from .block_task import BlockTask, WindowAttention
 from .compiled import parts_of
 from .ends import embed, head
 from .evaluation import Evaluation
@@ -34,6 +34,7 @@ from .run import SamplingRun
 from .settings import DetailSettings
 from .shifted import ShiftedAttention
 from .sliding import SlidingAttention
+from .weighted import Pair
 
 
 def attention_of(layout: Layout, guided: bool, rope: RopeAxes) -> WindowAttention:

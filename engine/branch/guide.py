@@ -15,8 +15,8 @@ from ..device.chunks import in_chunks
 from ..families.family import Modulation
 from ..families.rotations import join_axes
 from ..proxy.latents import shrink_condition
-from .block_task import Pair
 from .evaluation import Evaluation, per_token
+from .weighted import Pair
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from ..families.rotations import RopeAxes, join_axes
 from ..geometry.alignment import GuideAlignment
 from ..geometry.grid import Grid
 from ..geometry.windows import Box, ShiftedWindows, flat_index, starts_of
-from .block_task import BlockTask, Pair
+from .block_task import BlockTask
+from .weighted import Pair
 
 
 @dataclass(frozen=True)

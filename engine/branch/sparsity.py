@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..geometry.grid import Grid
 from ..geometry.windows import ShiftedWindows, flat_index
+from .weighted import Pair
 
 BLOCK = Grid(2, 8, 8)
 """128 tokens, FlashVSR's block."""
@@ -32,14 +33,12 @@ def block_order(size: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
     return order.to(device), torch.tensor(rest, dtype=torch.long).to(device)
 
 
-def keep_blocks(
-    q: Tensor, k: Tensor, v: Tensor, heads: int, size: Grid, kept: int
-) -> tuple[Tensor, Tensor]:
+def keep_blocks(q: Tensor, own: Pair, heads: int, size: Grid, kept: int) -> Pair:
     """The keys and values of the `kept` best blocks per window and head, and of cut-off blocks.
 
     Args:
         q: rotated queries [n, L, C].
-        k, v: rotated keys and values of windows of `size`, in raster order [n, size.count, C].
+        own: rotated keys and values of windows of `size`, in raster order [n, size.count, C].
         kept: whole blocks that every head of a window reads.
 
     Returns:
@@ -48,7 +47,8 @@ def keep_blocks(
     order, rest = block_order(size, q.device)
     blocks, length = order.shape
     if kept >= blocks:
-        return k, v
+        return own
+    k, v = own
     k_blocks = k[:, order].unflatten(-1, (heads, -1))  # [n, blocks, 128, heads, d]
     v_blocks = v[:, order].unflatten(-1, (heads, -1))
     pooled_q = q.unflatten(-1, (heads, -1)).mean(1)

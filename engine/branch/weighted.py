@@ -19,35 +19,35 @@ from ..comfyui import models
 MOST_WINDOWS = 2**15
 """Windows that a kernel takes at a time; some cards refuse more."""
 
+Pair = tuple[Tensor, Tensor]
+"""Keys and values."""
 Attend = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def weighted_attention(
-    q: Tensor, k: Tensor, v: Tensor, guide: tuple[Tensor, Tensor], heads: int, weight: float
-) -> Tensor:
+def weighted_attention(q: Tensor, own: Pair, guide: Pair, heads: int, weight: float) -> Tensor:
     """Attention of windows to their keys, and to guide keys that count `weight` times each.
 
     Args:
         q: [n, L, C].
-        k, v: [n, K, C].
+        own: keys and values [n, K, C].
         guide: keys and values [n, G, C].
         weight: above 0.
 
     Returns:
         [n, L, C].
     """
-    tensors = (q, k, v, *guide)
+    tensors = (q, *own, *guide)
     if len(q) > MOST_WINDOWS:
         parts = zip(*(each.split(MOST_WINDOWS) for each in tensors), strict=True)
         return torch.cat(
-            [weighted_attention(q, k, v, (gk, gv), heads, weight) for q, k, v, gk, gv in parts]
+            [weighted_attention(q, (k, v), (gk, gv), heads, weight) for q, k, v, gk, gv in parts]
         )
     by_head = [each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in tensors]
     attend = _attention_with_sums(*by_head[:3])
     # The sums have no gradient. Of a first block's tensors only the guide's need one.
     learning = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
     if attend is None or learning:
-        return _biased(q, k, v, guide, heads, weight)
+        return _biased(q, own, guide, heads, weight)
     return _merged(attend, by_head, weight).transpose(1, 2).flatten(-2)
 
 
@@ -74,14 +74,12 @@ def _attention_with_sums(q: Tensor, k: Tensor, v: Tensor) -> Attend | None:
     return None
 
 
-def _biased(
-    q: Tensor, k: Tensor, v: Tensor, guide: tuple[Tensor, Tensor], heads: int, weight: float
-) -> Tensor:
+def _biased(q: Tensor, own: Pair, guide: Pair, heads: int, weight: float) -> Tensor:
     """One attention with a bias for each key, the same for all queries."""
     log_weight = math.log(weight)
     # Only the difference counts: what rounding takes from the guide's bias, the others give back.
     of_guide = float(torch.tensor(log_weight, dtype=q.dtype))
-    bias = q.new_full((1, 1, 1, k.shape[1] + guide[0].shape[1]), of_guide - log_weight)
-    bias[..., k.shape[1] :] = of_guide
-    k, v = torch.cat([k, guide[0]], dim=1), torch.cat([v, guide[1]], dim=1)
+    bias = q.new_full((1, 1, 1, own[0].shape[1] + guide[0].shape[1]), of_guide - log_weight)
+    bias[..., own[0].shape[1] :] = of_guide
+    k, v = (torch.cat(each, dim=1) for each in zip(own, guide, strict=True))
     return models.biased_attention(q, k, v, heads, bias)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..branch.block_task import BlockTask, Pair
+from ..branch.block_task import BlockTask
 from ..branch.compiled import parts_of
 from ..branch.ends import embed, head
 from ..branch.evaluation import Evaluation
@@ -25,6 +25,7 @@ from ..branch.memory import MemoryPlan
 from ..branch.run import SamplingRun
 from ..branch.settings import DetailSettings
 from ..branch.shifted import ShiftedAttention, WindowOrder
+from ..branch.weighted import Pair
 from ..comfyui import management, models
 from ..device.chunks import ChunkSize
 from ..device.tokens import DeviceTokens, Tokens

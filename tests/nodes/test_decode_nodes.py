@@ -15,7 +15,7 @@ import torch
 from atlasvid.engine.vae import scratch
 from atlasvid.engine.vae.decode import TiledDecoder
 from atlasvid.engine.vae.frames import dequantise, quantise
-from atlasvid.engine.vae.regions import Grid
+from atlasvid.engine.vae.regions import TileGrid
 from atlasvid.engine.vae.wan import WanDecoder
 from atlasvid.nodes.decode import AtlasVidDecode, AtlasVidDecodeToVideo
 from stock_nodes import create_video, has_ten_bit, save_video, saved_alike
@@ -38,12 +38,12 @@ def temp_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def two_tiles(monkeypatch):
-    monkeypatch.setattr(TiledDecoder, "plan", lambda _self: Grid(10, 12, 1, 2))
+    monkeypatch.setattr(TiledDecoder, "plan", lambda _self: TileGrid(10, 12, 1, 2))
 
 
 @pytest.fixture
 def one_tile(monkeypatch):
-    monkeypatch.setattr(TiledDecoder, "plan", lambda _self: Grid(10, 12, 1, 1))
+    monkeypatch.setattr(TiledDecoder, "plan", lambda _self: TileGrid(10, 12, 1, 1))
 
 
 def latent(batch: int = 1, frames: int = 3):

@@ -7,7 +7,7 @@ import torch
 from atlasvid.engine.comfyui import media
 from atlasvid.engine.vae import sources
 from atlasvid.engine.vae.encode import TiledEncoder
-from atlasvid.engine.vae.regions import Grid
+from atlasvid.engine.vae.regions import TileGrid
 from atlasvid.nodes.encode import AtlasVidEncode, AtlasVidImageToVideo
 from comfy_api.latest import InputImpl
 from comfy_extras.nodes_wan import WanImageToVideo
@@ -33,7 +33,7 @@ def temp_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def two_tiles(monkeypatch):
-    monkeypatch.setattr(TiledEncoder, "plan", lambda self: Grid(self.height, self.width, 1, 2))
+    monkeypatch.setattr(TiledEncoder, "plan", lambda self: TileGrid(self.height, self.width, 1, 2))
 
 
 def images(frames: int, height: int = 64, width: int = 80) -> torch.Tensor:

@@ -50,7 +50,7 @@ def test_gathering_equals_masking(size, kept):
     size = Grid(*size)
     q, k, v = (rand(2, n, HEADS * DIM, seed=n) for n in (40, size.count, size.count + 1))
     v = v[:, 1:]
-    few_k, few_v = keep_blocks(q, k, v, HEADS, size, kept)
+    few_k, few_v = keep_blocks(q, (k, v), HEADS, size, kept)
     expected = attend(q, k, v, dense_mask(q, k, size, kept))
     assert torch.allclose(attend(q, few_k, few_v), expected, atol=1e-5)
     if size.count > 128 * kept and size == Grid(4, 16, 16):

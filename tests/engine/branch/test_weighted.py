@@ -30,15 +30,17 @@ def tensors(windows, queries, keys, guide_keys, dtype=torch.float32, seed=0, dev
     made = [rand(windows, n, HEADS * DIM, seed=seed + i) for i, n in enumerate(sizes)]
     made[0] *= 2  # so that some keys matter more than others
     q, k, v, guide_k, guide_v = (each.to(device, dtype) for each in made)
-    return q, k, v, (guide_k, guide_v)
+    return q, (k, v), (guide_k, guide_v)
 
 
-def formula(q, k, v, guide, weight):
+def joined(own, guide, times=1):
+    """Keys and values of both, the guide's so many times."""
+    return [torch.cat([x, *[y] * times], 1) for x, y in zip(own, guide, strict=True)]
+
+
+def formula(q, own, guide, weight):
     """Every key's share by definition, in float64."""
-    q, k, v = (
-        x.double().unflatten(-1, (HEADS, -1))
-        for x in (q, torch.cat([k, guide[0]], 1), torch.cat([v, guide[1]], 1))
-    )
+    q, k, v = (x.double().unflatten(-1, (HEADS, -1)) for x in (q, *joined(own, guide)))
     share = torch.einsum("nqhd,nkhd->nhqk", q, k / DIM**0.5).exp()
     share[..., -guide[0].shape[1] :] *= weight
     return torch.einsum("nhqk,nkhd->nqhd", share / share.sum(-1, keepdim=True), v).flatten(2)
@@ -46,10 +48,10 @@ def formula(q, k, v, guide, weight):
 
 @pytest.mark.parametrize("times", [1, 2, 7])
 def test_a_weight_is_the_keys_repeated(way, times):
-    q, k, v, guide = tensors(3, 10, 20, 5)
-    more_k, more_v = (torch.cat([x, *[y] * times], 1) for x, y in zip((k, v), guide, strict=True))
-    expected = models.fused_on_cpu(models.attention_function("pytorch"), q, more_k, more_v, HEADS)
-    ours = weighted_attention(q, k, v, guide, HEADS, times)
+    q, own, guide = tensors(3, 10, 20, 5)
+    more, pytorch = joined(own, guide, times), models.attention_function("pytorch")
+    expected = models.fused_on_cpu(pytorch, q, *more, HEADS)
+    ours = weighted_attention(q, own, guide, HEADS, times)
     assert torch.allclose(ours, expected, atol=1e-5)
 
 
@@ -68,17 +70,16 @@ def test_a_weight_follows_its_formula(weight, shape, seed):
 @pytest.mark.parametrize("weight", WEIGHTS)
 def test_half_precision_costs_no_more_than_without_a_weight(way, weight):
     """A relative mean error: two results that are rounded and mixed, instead of one rounded."""
-    q, k, v, guide = tensors(4, 64, 200, 30, torch.bfloat16, device=management.compute_device())
-    ours = weighted_attention(q, k, v, guide, HEADS, weight)
-    more_k, more_v = torch.cat([k, guide[0]], 1), torch.cat([v, guide[1]], 1)
-    plain = models.attention_function("pytorch")(q, more_k, more_v, HEADS)
+    q, own, guide = tensors(4, 64, 200, 30, torch.bfloat16, device=management.compute_device())
+    ours = weighted_attention(q, own, guide, HEADS, weight)
+    plain = models.attention_function("pytorch")(q, *joined(own, guide), HEADS)
 
     def error(given, expected):
         return float((given.double() - expected).abs().mean() / expected.abs().mean())
 
     assert ours.dtype == torch.bfloat16
-    usual = error(plain, formula(q, k, v, guide, 1))
-    assert error(ours, formula(q, k, v, guide, weight)) < 2 * usual
+    usual = error(plain, formula(q, own, guide, 1))
+    assert error(ours, formula(q, own, guide, weight)) < 2 * usual
 
 
 def test_a_rounded_bias_still_differs_by_the_weights_logarithm(monkeypatch):
@@ -106,10 +107,10 @@ def test_the_gradient_is_that_of_the_keys_repeated(learned):
     """Also where only the guide's keys and values have one, as in a first block."""
     results = []
     for times in (1, 3):
-        q, k, v, guide = tensors(2, 8, 9, 4)
-        leaves = [each.requires_grad_() for each in (q, k, v, *guide)[learned]]
-        own = tuple(torch.cat([each] * times, 1) for each in guide)
-        out = weighted_attention(q, k, v, own, HEADS, 3 / times)
+        q, own, guide = tensors(2, 8, 9, 4)
+        leaves = [each.requires_grad_() for each in (q, *own, *guide)[learned]]
+        more = tuple(torch.cat([each] * times, 1) for each in guide)
+        out = weighted_attention(q, own, more, HEADS, 3 / times)
         results.append(torch.autograd.grad(out.square().sum(), leaves))
     for ours, expected in zip(*results, strict=True):
         assert torch.allclose(ours, expected, atol=1e-5)
