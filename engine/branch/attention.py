@@ -86,7 +86,8 @@ def verified(
 ) -> Tensor:
     """`chosen`, or PyTorch's attention where `chosen` was found wrong for such tensors.
 
-    It has the parameters of ComfyUI's attention. The check runs once per device, precision and head size, on queries of the first batch row.
+    It has the parameters of ComfyUI's attention. The check runs once per device, precision and
+    head size, on queries of the first batch row.
     """
     key = (name, q.device, q.dtype, q.shape[-1] // heads)
     if key not in _verdicts:
