@@ -123,6 +123,7 @@ class Cards:
 
 
 ONE_CARD = Cards()
+NO_DATA = Dataset((), Path(), ())
 
 
 def make_optimizer(name: str, weights: list[Any], rate: float) -> torch.optim.Optimizer:
@@ -219,6 +220,7 @@ class Trainer:
                 settings.optimizer, self.adapters.parameters(), settings.rate
             )
             self.frozen = frozen_view(net)
+        self.dataset = NO_DATA
         self.losses: list[float] = []
         self.step = 0
 
@@ -248,33 +250,34 @@ class Trainer:
             ValueError: the saved state is of another run, or the loss is not finite.
             RuntimeError: a file cannot be written; the last one written stays.
         """
+        self.dataset = dataset
         management.empty_cache()  # a run that failed before may have left hooks of autograd behind
         with torch.inference_mode(False):  # what is made in it could not be trained on
-            resumed_at = self.resume(dataset) if resume else 0
-            self._run(dataset, on_step)
+            resumed_at = self.resume() if resume else 0
+            self._run(on_step)
         return TrainResult(self.path, self.curve_path, tuple(self.losses), resumed_at)
 
-    def _run(self, dataset: Dataset, on_step: Callable[[int, list[float]], None]) -> None:
+    def _run(self, on_step: Callable[[int, list[float]], None]) -> None:
         saved_at = self.step
         try:
             with management.training():
                 while self.step < self.settings.steps:
                     management.raise_if_cancelled()
-                    self.losses.append(self.learn(dataset))
+                    self.losses.append(self.learn())
                     self.step += 1
                     if self.step % self.settings.save_every == 0:
-                        self.save(dataset, keep_lora=True)
+                        self.save(keep_lora=True)
                         saved_at = self.step
                     on_step(self.step, self.losses)
         except BaseException:
             # Cancelled or failed: what was learned so far is kept. A second error would hide it.
             if self.step > saved_at:
-                self.save_quietly(dataset)
+                self.save_quietly()
             raise
         if self.step > saved_at or not self.path.exists():
-            self.save(dataset)
+            self.save()
 
-    def learn(self, dataset: Dataset) -> float:
+    def learn(self) -> float:
         """One optimizer step; returns its loss.
 
         Raises:
@@ -282,7 +285,7 @@ class Trainer:
             RuntimeError: out of memory. Nothing was changed.
         """
         settings, weights = self.settings, self.adapters.parameters()
-        total = self.gradients(dataset)
+        total = self.gradients()
         for weight in weights:
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
@@ -299,7 +302,7 @@ class Trainer:
         self.optimizer.step()
         return total
 
-    def gradients(self, dataset: Dataset) -> float:
+    def gradients(self) -> float:
         """The loss of this step's samples, and its gradients; fewer windows at a time if need be.
 
         Raises:
@@ -310,7 +313,7 @@ class Trainer:
             total = 0.0
             try:
                 for part in range(self.settings.accumulate):
-                    loss = self.loss(dataset, part) / self.settings.accumulate
+                    loss = self.loss(part) / self.settings.accumulate
                     loss.backward()
                     total += float(loss.detach())
                 return total
@@ -327,18 +330,18 @@ class Trainer:
                 )
             self.chunk.tokens = max(least, self.chunk.tokens // 2)
 
-    def loss(self, dataset: Dataset, part: int) -> Tensor:
+    def loss(self, part: int) -> Tensor:
         """The flow-matching loss of one sample of this step."""
         settings = self.settings
         # Numbered through all processes: two cards learn what one learns that accumulates two.
         generator = step_generator(
             settings.seed, self.step, part * self.cards.count + self.cards.index
         )
-        sample = dataset.sample(self.sample_index(len(dataset.files), part))
+        sample = self.dataset.sample(self.sample_index(len(self.dataset.files), part))
         uniform = torch.rand(2, generator=generator).tolist()
         text = sample.text
         if uniform[1] < settings.caption_dropout:
-            text = dataset.without_words()
+            text = self.dataset.without_words()
         sigma = settings.noise.sigma(uniform[0])
         learned = sample.guide if settings.stage == "proxy" else sample.target
         assert learned is not None
@@ -400,13 +403,13 @@ class Trainer:
             tensors[f"{prefix}{name}.alpha"] = torch.tensor(float(self.settings.alpha))
         return tensors
 
-    def identity(self, dataset: Dataset) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """What must be the same for a resumed run to go on exactly."""
         settings = asdict(self.settings)
         for name in ("steps", "save_every"):
             del settings[name]
         plan = {name: value for name, value in asdict(self.plan).items() if name != "notes"}
-        samples = [file.stem for file in dataset.files]
+        samples = [file.stem for file in self.dataset.files]
         return {
             **settings,
             "plan": plan,
@@ -415,7 +418,7 @@ class Trainer:
             "processes": self.cards.count,
         }
 
-    def resume(self, dataset: Dataset) -> int:
+    def resume(self) -> int:
         """Take up the saved state where there is one; returns its step.
 
         Raises:
@@ -424,13 +427,13 @@ class Trainer:
         if not self.state_path.is_file():
             return 0
         state = TrainingState.load(self.state_path)
-        state.require_same(self.identity(dataset), self.state_path)
+        state.require_same(self.identity(), self.state_path)
         self.adapters.load(state.adapters)
         self.optimizer.load_state_dict(dict(state.optimizer))
         self.step, self.losses = state.step, list(state.losses)
         return self.step
 
-    def save(self, dataset: Dataset, keep_lora: bool = False) -> None:
+    def save(self, keep_lora: bool = False) -> None:
         """Write state, LoRA and curve; with `keep_lora` also this step's LoRA for good.
 
         Raises:
@@ -443,7 +446,7 @@ class Trainer:
             tuple(self.losses),
             self.adapters.tensors(),
             self.optimizer.state_dict(),
-            self.identity(dataset),
+            self.identity(),
         ).save(self.state_path)
         metadata = self.recipe().to_metadata()
         paths = [self.path]
@@ -453,9 +456,9 @@ class Trainer:
             save_tensors(path, self.lora_tensors(), metadata)
         save_losses(self.losses, self.curve_path)
 
-    def save_quietly(self, dataset: Dataset) -> None:
+    def save_quietly(self) -> None:
         """`save` while another error is on its way, which must not be hidden."""
         try:
-            self.save(dataset)
+            self.save()
         except RuntimeError as error:
             copies.log.warning("%s", error)

@@ -100,10 +100,10 @@ def response(state, text):
 
 def mean_loss(trainer, dataset):
     """Over the same 16 noises and noise levels, whatever was trained."""
-    step, losses = trainer.step, []
+    step, losses, trainer.dataset = trainer.step, [], dataset
     with management.training(), torch.no_grad():
         for trainer.step in range(16):
-            losses.append(float(trainer.loss(dataset, 0)))
+            losses.append(float(trainer.loss(0)))
     trainer.step = step
     return sum(losses) / len(losses)
 
