@@ -16,6 +16,8 @@ import torch
 from PIL.Image import Image
 
 ENGINE, NODES = "atlasvid.engine", "atlasvid.nodes"
+STATE = "state.safetensors"
+"""Not looked at: it repeats the settings of a training, whether they have an effect or not."""
 
 
 @dataclass
@@ -74,9 +76,8 @@ def observe(node: Any, inputs: dict[str, Any], folder: Path) -> Seen:
     for socket, value in zip(schema.outputs, result.args, strict=True):
         recorder.add(socket.id or socket.display_name, value)
     shown = {k: v for k, v in (result.ui or {}).items() if k != "images"}  # of random names
-    files = {
-        str(file): zlib.crc32(file.read_bytes()) for file in folder.rglob("*") if file.is_file()
-    }
+    written = [file for file in folder.rglob("*") if file.is_file() and file.name != STATE]
+    files = {str(file): zlib.crc32(file.read_bytes()) for file in written}
     effects = {"outputs": frozen(result.args), "shown": shown, "files": files, "ran": recorder.ran}
     return Seen(recorder.named, effects)
 
