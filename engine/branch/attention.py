@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..comfyui import management, models
-from ..device.copies import log
+from ..log import log
 
 AUTO = "auto"
 BACKENDS = (AUTO, "pytorch", "sage", "flash", "xformers")

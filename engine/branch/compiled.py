@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..comfyui import management
-from ..device.copies import log
 from ..families.family import Family
+from ..log import log
 
 
 class Compiled:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -10,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-log = logging.getLogger("atlasvid")
+from ..log import log
 
 
 def release_pinned() -> None:

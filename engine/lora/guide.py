@@ -7,7 +7,6 @@ weights whatever happens, with any dtype, offloading, quantisation or stock LoRA
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,10 +20,9 @@ from ..comfyui import models
 from ..geometry.grid import Grid
 from ..geometry.shape import BaseShape
 from ..geometry.windows import COMPACT
+from ..log import log
 from .files import LoraFile, LowRank, read_lora
 from .view import with_layers
-
-log = logging.getLogger("atlasvid")
 
 PREFIXES = re.compile(
     r"^(base_model\.model\.|diffusion_model\.|transformer(_2)?\.|unet\.|model\."

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..comfyui import server
-from ..device import copies
 from ..geometry.plan import Plan
+from ..log import log
 from .cache import CUTS_PER_CLIP, Dataset, LatentCache
 from .clips import Clip
 from .files import require_writable
@@ -111,6 +111,6 @@ def train(
     else:
         dataset = cache.build(clips, cuts_per_clip, on_clip)
         cards.wait()
-    copies.log.info("%s", dataset.report())
+    log.info("%s", dataset.report())
     trainer = Trainer(model, plan, settings, job.path, job.run_folder, cards)
     return trainer.run(dataset, resume, on_step), dataset

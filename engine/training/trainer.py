@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ..branch.settings import DetailSettings
 from ..comfyui import management, models
-from ..device import copies
 from ..device.chunks import ChunkSize
 from ..families.family import family_of
 from ..geometry.grid import Grid
 from ..geometry.layout import Layout
 from ..geometry.plan import Plan
+from ..log import log
 from ..lora.recipe import STAGES, Recipe, pack_version
 from .adapters import TARGETS, build_adapters, require_rank
 from .cache import Dataset, Sample
@@ -461,4 +461,4 @@ class Trainer:
         try:
             self.save()
         except RuntimeError as error:
-            copies.log.warning("%s", error)
+            log.warning("%s", error)

@@ -1,0 +1,5 @@
+"""The pack's one logger."""
+
+import logging
+
+log = logging.getLogger("atlasvid")
