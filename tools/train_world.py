@@ -5,7 +5,7 @@
 Stages, each resumed where it was stopped: `code` (the latent space), `clips` (rendered once),
 `model` beside `decoder`, `encoder` and `tune` (the VAE), `files` (what stock loaders take), `proxy`
 and `guide` (LoRAs, by the pack's own trainer) and `pack` (into models/tiny_world). Sample pictures
-appear in the work folder as it goes. About two hours on two cores.
+appear in the work folder as it goes. About four hours on two cores.
 """
 
 from __future__ import annotations

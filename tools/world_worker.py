@@ -25,7 +25,7 @@ from world.sheets import save_sheet
 
 TOOLS = Path(__file__).resolve().parent
 SHARD = 100
-CLIP_SHARDS, PICTURE_SHARDS = 20, 22
+CLIP_SHARDS, PICTURE_SHARDS = 34, 22
 CROP, CROPS, CROP_BATCH = 96, 400, 4
 SAMPLED = (
     "wide view of a red balloon drifting right over hills at noon",
@@ -321,8 +321,8 @@ def pack(work: Work) -> None:
         save_file(state, work.output / file, {**metadata, "tiny_world": WORLD_VERSION})
 
 
-def tune_decoder(work: Work) -> None:
-    """The decoder once more, on what the encoder gives."""
+def tune_vae(work: Work) -> None:
+    """Encoder and decoder together."""
     from atlasvid.engine.comfyui import media
     from world import vae as training_vae
 
@@ -330,14 +330,19 @@ def tune_decoder(work: Work) -> None:
     if target.exists():
         return
     vae = media.build_wan_vae(training_vae.DIM).to(work.device)
-    for half in ("decoder", "encoder"):
-        trained = torch.load(work.folder / f"{half}.pt", weights_only=True)["vae"]
-        own = training_vae.HALVES[half]
-        vae.load_state_dict({k: v for k, v in trained.items() if k.startswith(own)}, strict=False)
-    recipe = training_vae.VaeRecipe(steps=work.steps or 520, rate=1e-3, warmup=60)
+    halves: dict[str, Tensor] = {}
+    if work.start:
+        given = load_file(work.start / "tiny_world_vae.safetensors")
+        halves |= training_vae.from_stock(given)
+    for half, own in training_vae.HALVES.items():
+        if (trained := work.folder / f"{half}.pt").exists():
+            state = torch.load(trained, weights_only=True)["vae"]
+            halves |= {k: v for k, v in state.items() if k.startswith(own)}
+    vae.load_state_dict(halves)
+    recipe = training_vae.VaeRecipe(steps=work.steps or 800, rate=1.5e-3, warmup=40)
     tuning = training_vae.VaeTuning(vae, recipe)
     generator, batches, code = torch.Generator().manual_seed(0), crops(4242), work.code
-    for _ in tqdm(range(recipe.steps), desc="tuning"):
+    for _ in tqdm(range(recipe.steps), desc="tune"):
         video = next(batches)
         latents = code.encode(video)
         tuning.update(video.to(work.device), latents.to(work.device), generator)
@@ -350,7 +355,7 @@ STAGES: dict[str, Callable[[Work], None]] = {
     "model": train_model,
     "decoder": train_half("decoder"),
     "encoder": train_half("encoder"),
-    "tune": tune_decoder,
+    "tune": tune_vae,
     "files": write_files,
     "proxy": train_lora("proxy"),
     "guide": train_lora("guide"),

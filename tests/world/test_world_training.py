@@ -88,6 +88,20 @@ def test_half_a_vae_learns_and_goes_on_where_it_was_stopped(code: LatentCode, tm
     assert resumed.losses == pytest.approx(whole.losses[:6], rel=1e-3)
 
 
+def test_both_halves_are_tuned_together(code: LatentCode):
+    """Kernels learn through the same numbers seen as matrices, and the pixels come closer."""
+    video, _ = random_clips(5, 4, 32, 32, 5)
+    whole = small_vae()
+    vae.initialise(whole, 0)
+    tuning = vae.VaeTuning(whole, vae.VaeRecipe(steps=40, rate=3e-3, warmup=5))
+    before = {name: p.clone() for name, p in whole.named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    losses = [tuning.update(video, code.encode(video), generator) for _ in range(40)]
+    assert losses[-1] < 0.7 * losses[0]
+    still = [name for name, p in whole.named_parameters() if torch.equal(p, before[name])]
+    assert not [name for name in still if "time_conv" not in name and "attn" not in name], still
+
+
 def test_the_model_learns_goes_on_and_can_begin_with_a_finished_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

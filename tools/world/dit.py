@@ -34,9 +34,9 @@ class DitRecipe:
         ema: decay of the averaged weights.
     """
 
-    steps: int = 1800
-    cooldown: int = 450
-    lengths: tuple[tuple[float, int], ...] = ((0.67, 1), (0.13, 3), (0.20, 5))
+    steps: int = 3200
+    cooldown: int = 600
+    lengths: tuple[tuple[float, int], ...] = ((0.40, 1), (0.08, 3), (0.52, 5))
     tokens: int = 5760
     muon_rate: float = 2e-3
     adam_rate: float = 1e-3

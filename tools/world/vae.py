@@ -170,7 +170,7 @@ class VaeTraining:
 
     def update(self, video: Tensor, latents: Tensor, generator: torch.Generator) -> float:
         """One step towards the code's latents (encoder) or the video (decoder); its loss."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(video.device.type, torch.bfloat16):
             if self.half == "encoder":
                 loss = F.mse_loss(encode(self.vae, video).float(), latents)
             else:
@@ -198,36 +198,57 @@ class VaeTraining:
 
 
 class VaeTuning:
-    """The decoder once more, on what the trained encoder gives.
+    """Both halves together, once each has learned the code: the pixels decide, not the code.
 
-    Half of a batch goes through both, half is decoded from the code's own latents, as the diffusion
-    model gives them. The encoder stays: tuned along, both fell apart.
+    The encoder is held near the code's latents, which the diffusion model speaks. Half of a batch
+    goes through both, half is decoded from the code's own latents, as the diffusion model gives
+    them. Kernels learn by Muon: in 550 steps it reaches what AdamW, which fell apart with both
+    halves at 8e-4, did not reach with the decoder alone.
     """
+
+    ANCHOR = 0.05
+    """Weight of the distance to the code's latents."""
 
     def __init__(self, vae: Any, recipe: VaeRecipe):
         self.vae, self.recipe = vae, recipe
-        own = HALVES["decoder"]
-        self.parameters = [p for n, p in vae.named_parameters() if n.startswith(own)]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.0
-        )
+        ends = ("encoder.conv1.weight", "conv1.weight", "conv2.weight", "decoder.head.2.weight")
+        named = dict(vae.named_parameters())
+        self.kernels = [p for name, p in named.items() if p.ndim > 3 and name not in ends]
+        # The optimizer takes matrices: the same numbers, seen as one row per output channel.
+        self.rows = [nn.Parameter(p.data.flatten(1)) for p in self.kernels]
+        pairs = zip(self.rows, self.kernels, strict=True)
+        assert all(rows.data_ptr() == kernel.data_ptr() for rows, kernel in pairs)
+        taken = {id(p) for p in self.kernels}
+        self.rest = [p for p in named.values() if id(p) not in taken]
+        rate = recipe.rate
+        self.optimizers = [
+            torch.optim.Muon(self.rows, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(self.rest, lr=rate / 2, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
         self.step = 0
 
-    def update(self, video: Tensor, latents: Tensor, generator: torch.Generator) -> float:
-        """One step; returns the mean squared error of the pixels."""
+    def loss(self, video: Tensor, latents: Tensor, generator: torch.Generator) -> Tensor:
         half = len(video) // 2
-        with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad():
-                given = encode(self.vae, video[:half]).float()
-            noise = torch.randn(latents[half:].shape, generator=generator).to(latents)
-            mixed = torch.cat([given, latents[half:] + self.recipe.noise * noise])
-            loss = F.mse_loss(decode(self.vae, mixed).float(), video)
-        self.optimizer.zero_grad(set_to_none=True)
+        noise = torch.randn(latents.shape, generator=generator).to(latents) * self.recipe.noise
+        with torch.autocast(video.device.type, torch.bfloat16):
+            given = encode(self.vae, video).float()
+            mixed = torch.cat([given[:half], latents[half:]]) + noise
+            pixels = F.mse_loss(decode(self.vae, mixed).float(), video)
+            return pixels + self.ANCHOR * F.mse_loss(given, latents)
+
+    def update(self, video: Tensor, latents: Tensor, generator: torch.Generator) -> float:
+        """One step on clips [N, 3, T, H, W] and the code's latents of them; its loss."""
+        loss = self.loss(video, latents, generator)
+        self.vae.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.rate * self.recipe.factor(self.step)
-        self.optimizer.step()
+        for rows, kernel in zip(self.rows, self.kernels, strict=True):
+            rows.grad = kernel.grad.flatten(1)
+        learned = [p for p in (*self.rows, *self.rest) if p.grad is not None]
+        nn.utils.clip_grad_norm_(learned, 1.0)
+        for optimizer, share in zip(self.optimizers, (1.0, 0.5), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = share * self.recipe.rate * self.recipe.factor(self.step)
+            optimizer.step()
         self.step += 1
         return loss.item()
 
