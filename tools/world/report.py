@@ -150,10 +150,10 @@ ON_SHEET = (
     "proxy up-scaled",
     "stock model at full size",
     "windows alone",
-    "guide, weight 1",
     "guide, 16 x ratio",
     "0.7 and structure, weight 1 (the old default)",
-    "0.7 and structure, 16 x ratio",
+    "0.7 and structure, 16 x ratio (the default)",
+    "guide LoRA, 0.7, close-up prompt, cfg 1",
 )
 
 

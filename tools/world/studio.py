@@ -33,6 +33,7 @@ class Method:
             the window's own.
         structure: strength of structure guidance; 0 leaves it out.
         lora: whether the guide LoRA is used.
+        close: whether the detail's prompt speaks of a close view, as windows see it.
     """
 
     name: str
@@ -48,6 +49,8 @@ class Method:
     denoise: float = 0.7
     lora: bool = False
     steps: int = STEPS
+    cfg: float = CFG
+    close: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,23 +130,21 @@ class Studio:
 
         return decode_images(self.vae, latent)
 
-    def sample(
-        self, model: Any, prompt: str, latent: Tensor, steps: int, denoise: float, seed: int
-    ) -> Tensor:
-        """What the stock sampler makes of a latent."""
+    def sample(self, model: Any, prompt: str, latent: Tensor, how: Method, seed: int) -> Tensor:
+        """What the stock sampler makes of a latent, by a method's steps, cfg and denoise."""
         import comfy.sample
 
         noise = comfy.sample.prepare_noise(latent, seed)
         return comfy.sample.sample(
             model,
             noise,
-            steps,
-            CFG,
+            how.steps,
+            how.cfg,
             "euler",
             "simple",
             *self.conditioning(prompt),
             latent,
-            denoise=denoise,
+            denoise=how.denoise,
             seed=seed,
             disable_pbar=True,
         )
@@ -162,7 +163,7 @@ class Studio:
                 plan=plan,
             )
         empty = torch.zeros(1, plan.space.channels, *plan.proxy_latent)
-        return self.sample(model, prompt, empty, PROXY_STEPS, 1.0, seed)
+        return self.sample(model, prompt, empty, SAMPLED_PROXY, seed)
 
     def branch(self, case_plan: Any, proxy: Tensor, method: Method) -> Any:
         """The model with the detail branch of a method."""
@@ -210,7 +211,9 @@ class Studio:
             return upscaled(self.decode(proxy), plan)
         model = self.model if method.kind == "stock" else self.branch(plan, proxy, method)
         start = upscale_proxy(proxy, plan)
-        return self.decode(self.sample(model, prompt, start, method.steps, method.denoise, seed))
+        if method.close:
+            prompt = prompt.replace("wide view", "close view")
+        return self.decode(self.sample(model, prompt, start, method, seed))
 
 
 def upscaled(frames: Tensor, plan: Any) -> Tensor:
@@ -225,43 +228,52 @@ def upscaled(frames: Tensor, plan: Any) -> Tensor:
     return (large[low] * (1 - share) + large[high] * share).clamp(0, 1).movedim(1, -1)
 
 
+SAMPLED_PROXY = Method("proxy", denoise=1.0, steps=PROXY_STEPS)
 DEFAULT = Method("the shipped default")
 FROM_NOISE = replace(DEFAULT, structure=0, denoise=1.0)
+TRAINED = Method(
+    "guide LoRA, compact, from noise",
+    window="compact",
+    guide_noise="clean",
+    structure=0,
+    denoise=1.0,
+    lora=True,
+)
 METHODS = (
     Method("proxy up-scaled", kind="upscale"),
     replace(FROM_NOISE, name="stock model at full size", kind="stock"),
     replace(FROM_NOISE, name="windows alone", guide_weight=0),
     replace(FROM_NOISE, name="guide, weight 1", guide_weight=1),
-    replace(FROM_NOISE, name="guide, ratio of keys", weight_factor=1.0),
-    replace(FROM_NOISE, name="guide, 4 x ratio", weight_factor=4.0),
     replace(FROM_NOISE, name="guide, 16 x ratio", weight_factor=16.0),
     replace(DEFAULT, name="structure alone", guide_weight=0, denoise=1.0),
     replace(DEFAULT, name="0.7 and structure, no guide", guide_weight=0),
     replace(DEFAULT, name="0.7 and structure, weight 1 (the old default)", guide_weight=1),
-    replace(DEFAULT, name="0.7 and structure, 16 x ratio", weight_factor=16.0),
-    replace(DEFAULT, name="0.7, 16 x ratio", weight_factor=16.0, structure=0),
+    replace(DEFAULT, name="0.7 and structure, 16 x ratio (the default)"),
+    replace(DEFAULT, name="the default, close-up prompt, cfg 1", close=True, cfg=1.0),
+    TRAINED,
     replace(
-        DEFAULT, name="0.7 and structure, 16 x, sliding", weight_factor=16.0, overlap="sliding"
-    ),
-    Method(
-        "guide LoRA, compact, from noise",
-        window="compact",
-        guide_noise="clean",
-        structure=0,
-        denoise=1.0,
-        lora=True,
+        TRAINED, name="guide LoRA, 0.7, close-up prompt, cfg 1", denoise=0.7, close=True, cfg=1.0
     ),
 )
 SETTINGS = (
     DEFAULT,
-    *(replace(DEFAULT, name=f"denoise {d}", denoise=d) for d in (0.5, 0.6, 0.8, 0.9, 1.0)),
+    *(replace(DEFAULT, name=f"denoise {d}", denoise=d) for d in (0.5, 0.6, 0.8, 1.0)),
     *(replace(DEFAULT, name=f"structure strength {s}", structure=s) for s in (0.0, 0.5, 2.0)),
     *(replace(DEFAULT, name=f"structure until {e}", structure_end=e) for e in (0.3, 1.0)),
     *(replace(DEFAULT, name=f"guide {w:g} x ratio", weight_factor=w) for w in (1.0, 4.0, 64.0)),
-    *(replace(DEFAULT, name=f"guide margin {m}", guide_margin=m) for m in (1, 2)),
+    replace(DEFAULT, name="guide margin 2", guide_margin=2),
     replace(DEFAULT, name="clean guide", guide_noise="clean"),
     replace(DEFAULT, name="compact windows", window="compact"),
     replace(DEFAULT, name="sliding windows", overlap="sliding"),
+    replace(DEFAULT, name="cfg 1", cfg=1.0),
+    replace(DEFAULT, name="close-up prompt", close=True),
     *(replace(DEFAULT, name=f"{n} steps", steps=n) for n in (4, 16)),
 )
-"""One setting at a time; the default is denoise 0.7, structure 1 until 0.6, guide 16 x ratio."""
+    replace(
+        TRAINED,
+        name="guide LoRA, 0.7, close-up prompt, cfg 1",
+        denoise=0.7,
+        close=True,
+        cfg=1.0,
+    ),
+the proxy's own prompt, 8 steps."""
