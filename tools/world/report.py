@@ -153,7 +153,7 @@ ON_SHEET = (
     "guide, 16 x ratio",
     "0.7 and structure, weight 1 (the old default)",
     "0.7 and structure, 16 x ratio (the default)",
-    "guide LoRA, 0.7, close-up prompt, cfg 1",
+    "guide LoRA, 0.7 and structure, close-up prompt, cfg 1",
 )
 
 

@@ -252,7 +252,12 @@ METHODS = (
     replace(DEFAULT, name="the default, close-up prompt, cfg 1", close=True, cfg=1.0),
     TRAINED,
     replace(
-        TRAINED, name="guide LoRA, 0.7, close-up prompt, cfg 1", denoise=0.7, close=True, cfg=1.0
+        TRAINED,
+        name="guide LoRA, 0.7 and structure, close-up prompt, cfg 1",
+        denoise=0.7,
+        structure=1.0,
+        close=True,
+        cfg=1.0,
     ),
 )
 SETTINGS = (
