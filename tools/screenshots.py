@@ -243,7 +243,8 @@ def graph_drawing(workflow: dict[str, Any]) -> str:
     view = f"{left - 20} {top - 20} {right - left + 40} {bottom - top + 40}"
     return (
         "<body style='margin:0;background:#1b1720;color:#fff;font-family:sans-serif'>"
-        f"<div style='font-size:36px;font-weight:700;padding:18px 24px 6px'>{html.escape(title)}"
+        "<div style='font-size:32px;font-weight:700;white-space:nowrap;padding:18px 24px 6px'>"
+        f"{html.escape(title)}"
         "</div><svg xmlns='http://www.w3.org/2000/svg' style='width:800px;height:375px' "
         f"viewBox='{view}' font-family='sans-serif'>{''.join(parts)}</svg></body>"
     )

@@ -15,7 +15,6 @@ from typing import Any
 
 import browser
 import comfy_server
-import numpy as np
 import pytest
 from playwright.sync_api import Page, sync_playwright
 
@@ -44,7 +43,8 @@ NEEDS_FILES = {
 }
 PLAN_NODE = "app.graph.nodes.find((node) => node.type === 'AtlasVidPlan')"
 PICTURE = ".atlasvid-plan svg.atlasvid-picture"
-ADVANCED = "Comfy.Node.AlwaysShowAdvancedWidgets"
+SHOW_ADVANCED = """(shown) =>
+    app.extensionManager.setting.set("Comfy.Node.AlwaysShowAdvancedWidgets", shown)"""
 # What the open graph covers, each by its name: nodes with their title bars, and groups.
 RECTANGLES = """async (inDocument) => {
     const { canvas, graph } = app.canvas
@@ -66,7 +66,6 @@ RECTANGLES = """async (inDocument) => {
     const groups = graph.groups.map((group) => [group.title, [...group.boundingRect]])
     return { nodes: Object.fromEntries(nodes), groups: Object.fromEntries(groups) }
 }"""
-
 
 Rectangle = list[float]  # left, top, width, height
 
@@ -90,12 +89,13 @@ def overlaps(rectangles: dict[str, Rectangle]) -> list[str]:
 
 def standing_out(nodes: dict[str, Rectangle], groups: dict[str, Rectangle]) -> list[str]:
     """The nodes that lie partly in a group."""
-    return [
-        f"{name} of {group}"
-        for (name, node), (group, around) in itertools.product(nodes.items(), groups.items())
-        if min(shared(node, around)) > 0
-        and not np.allclose(shared(node, around), node[2:], atol=1)  # pixels are rounded
-    ]
+    found = []
+    for (name, node), (group, around) in itertools.product(nodes.items(), groups.items()):
+        width, height = shared(node, around)
+        outside = max(node[2] - width, node[3] - height)
+        if min(width, height) > 0 and outside > 1:  # pixels are rounded
+            found.append(f"{name} of {group}")
+    return found
 
 
 class Desk:
@@ -147,11 +147,11 @@ class Desk:
 
     def disorder_of_all_inputs(self) -> list[str]:
         """As `disorder`, with the advanced inputs shown too."""
-        show = "(shown) => app.extensionManager.setting.set('" + ADVANCED + "', shown)"
-        self.page.evaluate(show, True)
-        found = self.disorder()
-        self.page.evaluate(show, False)
-        return found
+        self.page.evaluate(SHOW_ADVANCED, True)
+        try:
+            return self.disorder()
+        finally:
+            self.page.evaluate(SHOW_ADVANCED, False)
 
     def prompt(self) -> dict[str, Any]:
         return self.page.evaluate("async () => (await app.graphToPrompt()).output")
