@@ -3,6 +3,7 @@
 python tools/screenshots.py nodes       one picture per node, into web/docs/images
 python tools/screenshots.py workflows   a thumbnail per workflow, into workflows
 python tools/screenshots.py readme      the README's pictures, into web/docs/images
+python tools/screenshots.py demo        frames of what the demo makes, into web/docs/images
 python tools/screenshots.py art         icon and banner, from their SVG
 """
 
@@ -25,7 +26,7 @@ from typing import Any
 import browser
 import comfy_server
 from environment import COMFYUI, ROOT, prepare
-from twins import PROMPT, tiny_twin
+from twins import PROMPT, TINY, tiny_twin
 from workflow import to_prompt
 
 IMAGES = ROOT / "web" / "docs" / "images"
@@ -159,26 +160,62 @@ def workflows() -> None:
 def twin_frame(
     session: comfy_server.Session, workflow: dict[str, Any], prompt: str, base: Path
 ) -> bytes | None:
-    """The middle frame, as PNG, of what a workflow's tiny twin makes of a prompt."""
-    import av
+    """The middle frame, as PNG, of what a workflow's tiny twin makes of a prompt.
 
+    With the tiny LoRAs and, for the detail, cfg 1: as the demo does.
+    """
     twin = tiny_twin(to_prompt(workflow, session.object_info()), width=576, steps=12)
     if any(node["class_type"] == "UNETLoader" for node in twin.values()):
         return None
     for node in twin.values():
-        if node["inputs"].get("text") == PROMPT:
-            node["inputs"]["text"] = prompt
+        inputs = node["inputs"]
+        if inputs.get("text") == PROMPT:
+            inputs["text"] = prompt
         if node["class_type"] == "LoadVideo":
-            draw_video(base / "input" / node["inputs"]["file"], prompt)
-    history = session.run(twin, 1800)
-    pictures = []
-    for video in comfy_server.output_files(history, base / "output"):
-        with av.open(str(video)) as container:
-            frames = list(container.decode(video=0))
-        pictures.append(frames[len(frames) // 2].to_image())
+            draw_video(base / "input" / inputs["file"], prompt)
+        if node["class_type"] == "AtlasVidHierarchicalAttention":
+            inputs["guide_lora"] = [TINY, 3]
+        if node["class_type"] == "AtlasVidRoPE":
+            inputs["model"] = [TINY, 4]
+        if inputs.get("denoise", 1.0) < 1:
+            inputs["cfg"] = 1.0
+    videos = videos_made(session, twin, base)
+    frames = max(videos, key=lambda video: video[0].width)  # the proxy is saved too
     out = io.BytesIO()
-    max(pictures, key=lambda picture: picture.width).save(out, "PNG")  # the proxy is saved too
+    frames[len(frames) // 2].save(out, "PNG")
     return out.getvalue()
+
+
+def videos_made(
+    session: comfy_server.Session, prompt: dict[str, Any], base: Path
+) -> list[list[Any]]:
+    """The frames, as pictures, of every video that a prompt saves."""
+    import av
+
+    videos = []
+    for file in comfy_server.output_files(session.run(prompt, 1800), base / "output"):
+        with av.open(str(file)) as container:
+            videos.append([frame.to_image() for frame in container.decode(video=0)])
+    return videos
+
+
+def demo() -> None:
+    """Frames of the demo's proxy, and of its video at the same moments below."""
+    from PIL import Image
+
+    comfyui, (width, height) = Path(os.environ["COMFYUI_PATH"]), (288, 192)
+    workflow = json.loads((WORKFLOWS / "atlasvid_demo.json").read_text("utf-8"))
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder)
+        server = comfy_server.running(Path(sys.executable), comfyui, base, options=("--cpu",))
+        with server as running, comfy_server.Session(running) as session:
+            videos = videos_made(session, to_prompt(workflow, session.object_info()), base)
+    sheet = Image.new("RGB", (4 * width, 2 * height))
+    for row, video in enumerate(sorted(videos, key=lambda video: video[0].width)):
+        for column in range(4):
+            frame = video[round(column / 3 * (len(video) - 1))]
+            sheet.paste(frame.resize((width, height)), (column * width, row * height))
+    sheet.save(IMAGES / "demo.jpg", quality=88)
 
 
 def draw_video(file: Path, prompt: str) -> None:
@@ -272,7 +309,13 @@ def art() -> None:
 
 
 def main() -> int:
-    kinds = {"nodes": nodes, "workflows": workflows, "readme": readme, "art": art}
+    kinds = {
+        "nodes": nodes,
+        "workflows": workflows,
+        "readme": readme,
+        "demo": demo,
+        "art": art,
+    }
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

@@ -274,5 +274,5 @@ SETTINGS = (
     replace(DEFAULT, name="close-up prompt", close=True),
     *(replace(DEFAULT, name=f"{n} steps", steps=n) for n in (4, 16)),
 )
-"""One setting at a time; the default is denoise 0.7, structure 1 until 0.6, guide 16 x ratio, cfg 3,
-the proxy's own prompt, 8 steps."""
+"""One setting at a time; the default is denoise 0.7, structure 1 until 0.6, guide 16 x ratio,
+cfg 3, the proxy's own prompt, 8 steps."""
