@@ -1,4 +1,4 @@
-"""The guide stream: the proxy's tokens through the model's own blocks (AtlasVid section 3.3)."""
+"""The guide stream: the proxy's tokens through the model's own blocks (docs/method.md: stage 2)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Where the tensors of one forward live, and how many tokens are evaluated at a time.
 
-Pure arithmetic on what is free; the sizes are those of method section 4.
+Pure arithmetic on what is free.
 """
 
 from __future__ import annotations

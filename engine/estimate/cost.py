@@ -1,4 +1,4 @@
-"""What a plan costs: work, memory and time, from sizes alone (method: section 4).
+"""What a plan costs: work, memory and time, from sizes alone.
 
 Everything here is arithmetic on the model's shape and the plan's geometry; `calibration` measures
 the rates that turn work into seconds. FLOPs count a multiplication and an addition as two.

@@ -1,4 +1,4 @@
-"""Guide tokens aligned with windows of the target (AtlasVid section 3.3).
+"""Guide tokens aligned with windows of the target (docs/method.md: aligned positions).
 
 All positions are in target token units.
 """

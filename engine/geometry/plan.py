@@ -18,7 +18,7 @@ TRAINED_FRAMES = 81
 
 @dataclass(frozen=True)
 class Plan:
-    """What is made and by way of which proxy (method: symbols; AtlasVid section 3).
+    """What is made and by way of which proxy (docs/method.md: symbols).
 
     Sizes are pixels and frames; latents and token grids follow from the model's latent space.
     """

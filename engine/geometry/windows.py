@@ -13,7 +13,7 @@ from torch import Tensor
 from .grid import Grid
 
 COMPACT = Grid(4, 16, 16)
-"""1,024 tokens, the paper's window, for use with a guide LoRA."""
+"""1,024 tokens, for use with a guide LoRA; inferred from the paper's figures (docs/method.md)."""
 MAX_TRAINED_FRAMES = 21
 """Latent frames of Wan's training clips."""
 

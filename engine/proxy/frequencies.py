@@ -123,7 +123,7 @@ def scaled_rope(
 def apply_rope_method(
     model: Any, method: str, *, temporal_scale: float, spatial_scale: float, plan: Plan | None
 ) -> Any:
-    """A clone of `model` whose temporal and spatial positions are scaled (AtlasVid section 3.2).
+    """A clone of `model` whose temporal and spatial positions are scaled (docs/method.md: stage 1).
 
     With a plan, its temporal stride is the temporal scale.
 

@@ -17,7 +17,7 @@ TARGETS = {
     "attention": r"blocks\.\d+\.(self|cross)_attn\.[qkvo]",
     "self-attention": r"blocks\.\d+\.self_attn\.[qkvo]",
 }
-"""What an adapter changes, as patterns of layer names; the first is the papers' choice."""
+"""What an adapter changes, as patterns of layer names; the first is UltraImageGen's choice."""
 ADAPTER = "default"
 
 
