@@ -94,13 +94,12 @@ class DetailForward:
             embed(ev, tokens)
             guide = GuideStream(ev) if self.settings.guided else None
             keys_of_blocks = guide.keys_of_blocks() if guide else repeat(None)
-            keys = None
             guide_phase = "guide" if guide and not guide.is_kept else "detail"
             progress = self._progress()
             for i in range(len(self.family.blocks(self.net))):
                 self.options["block_index"] = i
                 progress.at_block(i, guide_phase)
-                del keys  # before those of the next block are made
+                keys = tasks = None  # before those of the next block are made
                 keys = next(keys_of_blocks)
                 progress.at_block(i, "detail")
                 tasks = self._tasks(ev, i, tokens, e0, keys, ring)

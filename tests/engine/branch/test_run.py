@@ -20,6 +20,7 @@ from atlasvid.engine.device.chunks import ChunkSize, in_chunks
 from atlasvid.engine.geometry.grid import Grid
 from atlasvid.engine.geometry.windows import SlidingWindows
 from measure import resident_bytes
+from torch.multiprocessing.reductions import StorageWeakRef
 from wan import forward as direct
 from wan import plan_of, rand, relative_error, small_wan
 
@@ -156,6 +157,25 @@ def test_a_run_frees_what_it_held(wan, monkeypatch):
     gc.collect()
     assert held
     assert all(ref() is None for ref in held + runs)
+
+
+@pytest.mark.parametrize("overlap", ["shifted", "sliding"])
+def test_a_blocks_guide_keys_are_gone_when_those_of_the_next_are_there(overlap, monkeypatch):
+    stock, freed = guide.GuideStream._evaluate, []
+
+    def watched(self):
+        before = None
+        for pair in stock(self):
+            if before is not None:
+                freed.append(before.expired())
+            before = StorageWeakRef(pair[0].untyped_storage())
+            yield pair
+            del pair
+
+    monkeypatch.setattr(guide.GuideStream, "_evaluate", watched)
+    sample(branch(small_wan(num_layers=3), "matched", overlap=overlap), steps=1)
+    assert freed
+    assert all(freed)
 
 
 def test_a_run_that_fails_frees_what_it_held(wan, monkeypatch):
