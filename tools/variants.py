@@ -244,7 +244,23 @@ def with_tiny_models(graph: Graph) -> None:
         loader = graph.node(name)
         graph.take_over(loader, tiny, output)
         graph.nodes.remove(loader)
+    graph.connect(tiny, 3, graph.node("AtlasVidHierarchicalAttention"), "guide_lora")
     graph.connect(tiny, 4, graph.node("AtlasVidRoPE"), "model")
+
+
+def with_close_up_prompt(graph: Graph) -> None:
+    """A prompt of the detail's own: a window sees a part of the picture."""
+    prompt = {key: value for key, value in graph.node("Prompt").items() if key != "id"}
+    prompt |= {"title": "Close-up prompt", "pos": [420, 350], "size": [380, 140]}
+    near = graph.add(prompt, behind="Prompt")
+    graph.connect(graph.node("AtlasVidTinyModels"), 1, near, "clip")
+    graph.connect(near, 0, graph.node("Sample the detail"), "positive")
+    graph.lower(200, ("Negative prompt", "Read me"), ("Models", "Prompt"))
+
+
+def as_demo(graph: Graph) -> None:
+    with_tiny_models(graph)
+    with_close_up_prompt(graph)
 
 
 def saved_as(name: str) -> dict[str, Json]:
@@ -254,6 +270,7 @@ def saved_as(name: str) -> dict[str, Json]:
     }
 
 
+BALLOON = "view of a red balloon drifting right over hills at noon"
 VARIANTS = {
     "atlasvid_t2v_2k_20s": Variant(
         "Text to 2K, twenty seconds",
@@ -307,19 +324,23 @@ VARIANTS = {
         "**Its words**: wide or close *view of a* red, yellow, green, purple or white *balloon "
         "drifting* left or right *over* hills, desert or snow *at* noon, dusk or night. The "
         "negative prompt stays empty.\n\n"
-        "**Try**: another seed; 768 x 512; *guide_weight* 1 or 0, to see what the guide does; the "
-        "tiny guide LoRA into *guide_lora*.\n\n"
+        "**The detail** has a prompt of its own: a window sees a part of the picture, so it is "
+        "told of a close view. The proxy is read through the tiny guide LoRA, in compact windows; "
+        "cfg 1 suffices.\n\n"
+        "**Try**: another seed; 768 x 512; the guide LoRA unplugged; *guide_weight* 1 or 0, to "
+        "see what the guide does.\n\n"
         "For real pictures, open **atlasvid_t2v_4k**.",
         {
-            "Prompt": {"text": "wide view of a red balloon drifting right over snow at noon"},
+            "Prompt": {"text": f"wide {BALLOON}"},
+            "Close-up prompt": {"text": f"close {BALLOON}"},
             "Negative prompt": {"text": ""},
             "AtlasVidPlan": {"width": 576, "height": 384, "seconds": 4, "proxy_short_side": 128},
             "Sample the proxy": {"seed": 0, "steps": 16, "cfg": 3, "sampler_name": "euler"},
-            "Sample the detail": {"seed": 0, "steps": 8, "cfg": 3, "sampler_name": "euler"},
+            "Sample the detail": {"seed": 0, "steps": 8, "cfg": 1, "sampler_name": "euler"},
             **saved_as("demo"),
         },
         whole_note=True,
-        change=with_tiny_models,
+        change=as_demo,
     ),
 }
 

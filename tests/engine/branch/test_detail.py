@@ -261,9 +261,9 @@ def test_a_weight_is_the_guides_keys_repeated(wan, monkeypatch, overlap, chosen)
     x, t, context = inputs((5, 36, 36), batch=2)
     ours = forward(patched, x, t, context)
 
-    def repeated(q, k, v, guide, heads, weight):
+    def repeated(q, own, guide, heads, weight):
         assert weight == 3
-        k, v = torch.cat([k, *[guide[0]] * 3], 1), torch.cat([v, *[guide[1]] * 3], 1)
+        k, v = (torch.cat([x, *[y] * 3], 1) for x, y in zip(own, guide, strict=True))
         return models.attention(q, k, v, heads, {})
 
     monkeypatch.setattr(block_task, "weighted_attention", repeated)
