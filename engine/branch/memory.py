@@ -57,7 +57,10 @@ class Workload:
         guided: bool = True,
         keep_guide: bool = False,
     ) -> Workload:
-        """The sizes of one forward over `videos` videos, each cut by `layout`."""
+        """The sizes of one forward over `videos` videos, each cut by `layout`.
+
+        Six parameters: each is read by another of the sizes.
+        """
         plan = layout.plan
         return cls(
             dim=shape.dim,
