@@ -100,8 +100,7 @@ def opened(width: int, height: int, scale: float = 1.0) -> Iterator[Any]:
             comfy_server.request(f"{address}/settings/{name}", value)
         playwright = stack.enter_context(sync_playwright())
         page = launched(playwright, width, height, scale)
-        page.goto(address)
-        page.wait_for_function(browser.APP_IS_READY, timeout=60_000)
+        browser.open_front_end(page, address)
         page.wait_for_timeout(2000)
         yield page
 

@@ -67,7 +67,6 @@ def page(server: comfy_server.Server) -> Iterator[Page]:
     with sync_playwright() as playwright:
         chromium = browser.launch(playwright)
         opened = chromium.new_page()
-        opened.goto(server.address)
-        opened.wait_for_function(browser.APP_IS_READY, timeout=60_000)
+        browser.open_front_end(opened, server.address)
         yield opened
         chromium.close()

@@ -47,15 +47,13 @@ SHOW_ADVANCED = """(shown) =>
     app.extensionManager.setting.set("Comfy.Node.AlwaysShowAdvancedWidgets", shown)"""
 # What the open graph covers, each by its name: nodes with their title bars, and groups.
 RECTANGLES = """async (inDocument) => {
-    const { canvas, graph } = app.canvas
+    const { graph } = app.canvas
     await app.extensionManager.command.execute("Comfy.Canvas.FitView")
-    await new Promise((done) => setTimeout(done, 1500))  // nodes grow to what they show
-    const { scale, offset } = app.canvas.ds
-    const corner = canvas.getBoundingClientRect()
+    for (let frame = 0; frame < 15; frame++)  // nodes grow to what they show
+        await new Promise((done) => requestAnimationFrame(done))
     const ofElement = (element) => {
-        const { x, y, width, height } = element.getBoundingClientRect()
-        const [left, top] = [(x - corner.x) / scale - offset[0], (y - corner.y) / scale - offset[1]]
-        return [left, top, width / scale, height / scale]
+        const { e: left, f: top } = new DOMMatrix(getComputedStyle(element).transform)
+        return [left, top, element.offsetWidth, element.offsetHeight]
     }
     const ofNode = (node) => [...(inDocument
         ? ofElement(document.querySelector(`[data-node-id="${node.id}"]`))
@@ -91,9 +89,8 @@ def standing_out(nodes: dict[str, Rectangle], groups: dict[str, Rectangle]) -> l
     """The nodes that lie partly in a group."""
     found = []
     for (name, node), (group, around) in itertools.product(nodes.items(), groups.items()):
-        width, height = shared(node, around)
-        outside = max(node[2] - width, node[3] - height)
-        if min(width, height) > 0 and outside > 1:  # pixels are rounded
+        common = shared(node, around)
+        if min(common) > 0 and common != (node[2], node[3]):
             found.append(f"{name} of {group}")
     return found
 
@@ -170,8 +167,7 @@ def desk(
         opened = Desk(
             chromium.new_page(viewport={"width": 1600, "height": 1000}), RENDERERS[request.param]
         )
-        opened.page.goto(server.address)
-        opened.page.wait_for_function(browser.APP_IS_READY, timeout=60_000)
+        browser.open_front_end(opened.page, server.address)
         opened.page.wait_for_timeout(1500)
         yield opened
         chromium.close()
