@@ -64,7 +64,8 @@ def judge_methods(
             _save(options.work / f"{name}_{seed}.png", shown)
             titles = ["truth", *(m.name for m in missing)]
             middle = {t: v[len(v) // 2].half() for t, v in zip(titles, shown, strict=True)}
-            torch.save(middle, options.work / f"{name}_{seed}.pt")
+            kept = options.work / f"{name}_{seed}.pt"
+            torch.save((torch.load(kept) if kept.exists() else {}) | middle, kept)
 
 
 def _brief(scores: dict[str, float]) -> str:
