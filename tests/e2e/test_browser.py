@@ -89,8 +89,9 @@ def standing_out(nodes: dict[str, Rectangle], groups: dict[str, Rectangle]) -> l
     """The nodes that lie partly in a group."""
     found = []
     for (name, node), (group, around) in itertools.product(nodes.items(), groups.items()):
-        common = shared(node, around)
-        if min(common) > 0 and common != (node[2], node[3]):
+        width, height = shared(node, around)
+        outside = max(node[2] - width, node[3] - height)
+        if min(width, height) > 0 and outside > 0.01:  # rectangles are computed in floating point
             found.append(f"{name} of {group}")
     return found
 
