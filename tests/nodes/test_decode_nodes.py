@@ -29,6 +29,15 @@ def vae():
     return wan21_vae()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Two decodes sum in the same order, whatever else the machine does: files are compared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def temp_folder(tmp_path, monkeypatch):
     folder = tmp_path / "temp"
