@@ -104,12 +104,10 @@ def apply_detail_branch(
         guide_weight=weight,
     )
     branch, clone = DetailBranch(family, settings), model.clone()
+    forward = torch.compiler.disable(branch.forward)  # parts of a block are compiled instead
     for kind, wrapper in (
         (models.Wrappers.PREPARE_SAMPLING, branch.prepare),
-        (
-            models.Wrappers.DIFFUSION_MODEL,
-            torch.compiler.disable(branch.forward),
-        ),  # see branch.compiled
+        (models.Wrappers.DIFFUSION_MODEL, forward),
         (models.Wrappers.OUTER_SAMPLE, open_run),
     ):
         clone.remove_wrappers_with_key(kind, KEY)

@@ -121,8 +121,8 @@ GUIDE_SHARE = 16.0
 def auto_guide_weight(window_keys: int, guide_keys: int) -> float:
     """A weight for a model that was not trained to read the guide.
 
-    All of its keys together count 16 times as often as the window's own together: the best of 1/4,
-    4 and 16 in benchmarks/quality.md, by fidelity and seams, at little cost in detail.
+    All of its keys together count 16 times as often as the window's own together: nearer to the
+    proxy and to the truth than 1 and 4 in benchmarks/quality.md, where 64 gains no more.
     """
     return max(1.0, GUIDE_SHARE * window_keys / guide_keys)
 

@@ -28,7 +28,6 @@ WAN21_SPACE = space.LatentSpace(channels=16, spatial=8, temporal=4, patch=(1, 2,
 WAN22_SPACE = space.LatentSpace(channels=48, spatial=16, temporal=4, patch=(1, 2, 2))
 WAN22_CHANNELS = 48
 TINY_NODE = "AtlasVidTinyModels"
-DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}
 
 
 def overview(query: Mapping[str, str]) -> dict[str, Any]:

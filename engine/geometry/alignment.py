@@ -12,17 +12,17 @@ from .grid import Grid
 from .windows import Box
 
 
-def late(stride: int) -> float:
-    """Target latents by which a proxy's latent shows less than `stride` times its number.
+def lead(stride: int) -> float:
+    """By how many target latents a proxy latent sits before `stride` times its number.
 
-    The first latent holds one frame and each other four (method: aligned positions).
+    It shows four frames, the first latent only one.
     """
     return 0.375 * (stride - 1)
 
 
 def temporal_positions(count: int, stride: int) -> tuple[float, ...]:
     """P_t: the position of every proxy latent among the target's."""
-    return tuple(0.0 if k == 0 else stride * k - late(stride) for k in range(count))
+    return tuple(0.0 if k == 0 else stride * k - lead(stride) for k in range(count))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..geometry.alignment import late, temporal_positions
+from ..geometry.alignment import lead, temporal_positions
 from ..geometry.grid import Grid
 from ..geometry.plan import Plan
 
@@ -59,8 +59,8 @@ def require_proxy(samples: Tensor, plan: Plan) -> None:
 def temporal_index(frames: int, stride: int, device: torch.device | None = None) -> Tensor:
     """The fractional proxy latent that shows each target latent: the inverse of P_t, clamped."""
     f = torch.arange(frames, device=device, dtype=torch.float32)
-    first = stride - late(stride)  # P_t(1)
-    index = torch.where(f < first, f / first, (f + late(stride)) / stride)
+    first = stride - lead(stride)  # P_t(1)
+    index = torch.where(f < first, f / first, (f + lead(stride)) / stride)
     return index.clamp(max=(frames - 1) // stride)
 
 

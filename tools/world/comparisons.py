@@ -127,7 +127,7 @@ def proxy_scores(video: Tensor, scene: Any, plan: Any) -> dict[str, float]:
     from atlasvid.engine.quality import motion, repetition
 
     if not can_be_counted(scene):
-        return {"speed": math.nan, "objects": math.nan, "found": math.nan}
+        return {"drift speed": math.nan, "objects": math.nan, "found": math.nan}
     found = torch.stack([coloured_mask(frame, scene) for frame in video])
     area = 0.02 * math.pi * (0.19 * plan.proxy_height) ** 2
     counts = [repetition.count_objects(mask, int(area)) for mask in found[:: len(found) // 3]]
@@ -138,7 +138,7 @@ def proxy_scores(video: Tensor, scene: Any, plan: Any) -> dict[str, float]:
     except ValueError:
         speed = math.nan
     return {
-        "speed": speed,
+        "drift speed": speed,
         "objects": sum(counts) / len(counts),
         "found": float(min(counts) > 0),
     }

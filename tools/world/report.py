@@ -25,6 +25,7 @@ MEASURES = {
     "obeyed": ("colour as asked", "share", "{:.2f}"),
     "objects": ("balloons", "count", "{:.2f}"),
     "speed": ("speed against the truth's", "ratio", "{:.2f}"),
+    "drift speed": ("speed along the word", "heights per second", "{:.2f}"),
     "stlpips": ("perceptual distance to the truth", "ST-LPIPS", "{:.3f}"),
 }
 TITLES = {
@@ -69,7 +70,9 @@ def _head() -> str:
         "Made by `python tools/evaluate.py` with the tiny world's models (8 million parameters, "
         "trained on drawings): they show the method and what its parts do, not Wan's quality. "
         f"{date.today()}. Means over the same scenes and noise for every method, with 95 % "
-        "confidence intervals (Student's t); eight Euler steps, cfg 3. A row holds the scenes of "
+        "confidence intervals (Student's t); eight Euler steps and cfg 3 unless the row says "
+        "otherwise. "
+        "A row holds the scenes of "
         "which every method was made; balloons and speed are counted where their colour is nowhere "
         "else in the picture."
     )
