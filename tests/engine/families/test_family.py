@@ -15,13 +15,17 @@ LATENT, PROXY = (5, 8, 12), (2, 4, 6)
 
 @pytest.fixture
 def toy(monkeypatch):
-    """Wan without a feed-forward, with attention whose keys are doubled."""
+    """Wan without a feed-forward, with much of the rest doubled."""
     members = {name: getattr(wan, name) for name in dir(wan) if not name.startswith("_")}
     members |= {
         "NAMES": "Toy",
         "recognises": lambda model: getattr(model.model, "is_toy", False),
         "feed_forward": lambda block, x, rows: torch.zeros_like(x),
         "keys": lambda block, y: 2 * wan.keys(block, y),
+        "values": lambda block, y: 2 * wan.values(block, y),
+        "rotate": lambda x, *turns: 2 * wan.rotate(x, *turns),
+        "embed": lambda net, latent: 2 * wan.embed(net, latent),
+        "head": lambda net, *tokens: 2 * wan.head(net, *tokens),
     }
     made = SimpleNamespace(**members)
     monkeypatch.setattr(family, "FAMILIES", [made, *family.FAMILIES])
@@ -31,11 +35,17 @@ def toy(monkeypatch):
 def as_stock():
     """The same arithmetic in a stock Wan: its weights changed."""
     model = small_wan(num_layers=2)
+    net = model.model.diffusion_model
+    doubled = [net.patch_embedding, net.head.head, *(block.self_attn.v for block in net.blocks)]
     with torch.no_grad():
-        for block in model.model.diffusion_model.blocks:
+        for layer in doubled:
+            layer.weight.mul_(2)
+            layer.bias.mul_(2)
+        for block in net.blocks:
             block.ffn[2].weight.zero_()
             block.ffn[2].bias.zero_()
-            block.self_attn.norm_k.weight.mul_(2)
+            block.self_attn.norm_q.weight.mul_(2)  # rotated
+            block.self_attn.norm_k.weight.mul_(4)  # doubled, and rotated
     return model
 
 
