@@ -218,3 +218,8 @@ def load_wan_files(model: Any, vae: Any) -> tuple[Any, Any]:
 def load_wan_text_encoder(file: Any) -> Any:
     """CLIP from the path of Wan's text encoder, through the stock loader."""
     return comfy.sd.load_clip([str(file)], clip_type=comfy.sd.CLIPType.WAN)
+
+
+def layers() -> Any:
+    """Layer classes whose weights are cast to the dtype and device of what they are given."""
+    return comfy.ops.manual_cast

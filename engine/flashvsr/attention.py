@@ -1,0 +1,55 @@
+"""Attention of blocks over the key blocks that each has chosen: gathered, no compiled kernel.
+
+Query blocks that chose equally many keys are attended together, so nothing is padded or masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..device.chunks import ChunkSize, in_chunks
+
+
+def sparse_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, chunk: ChunkSize) -> Tensor:
+    """One head: q [n, 128, d], k and v [m, 128, d], kept bool [n, m] -> [n, 128, d].
+
+    A query block that keeps no key gives zeros.
+
+    Args:
+        chunk: key tokens to gather at a time; halved when they do not fit.
+    """
+    out = torch.zeros_like(q)
+    for rows, columns in equal_counts(kept):
+        per_row = columns.shape[1] * k.shape[1]
+
+        def compute(start: int, stop: int, rows: Tensor = rows, columns: Tensor = columns) -> None:
+            index = rows[start:stop]
+            keys, values = (_gathered(x, columns[start:stop]) for x in (k, v))
+            attended = F.scaled_dot_product_attention(q[index][None], keys[None], values[None])
+            out[index] = attended[0]
+
+        in_chunks(range(per_row, (len(rows) + 1) * per_row, per_row), chunk, compute)
+    return out
+
+
+def equal_counts(kept: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Query blocks [r] that kept equally many keys, and which [r, count]; none for a count of 0."""
+    counts = kept.sum(dim=1)
+    order = counts.argsort(stable=True)
+    places = kept[order].nonzero()[:, 1]
+    sizes, lengths = counts[order].unique_consecutive(return_counts=True)
+    row = place = 0
+    for size, length in zip(sizes.tolist(), lengths.tolist(), strict=True):
+        if size:
+            columns = places[place : place + size * length].view(length, size)
+            yield order[row : row + length], columns
+        row, place = row + length, place + size * length
+
+
+def _gathered(blocks: Tensor, columns: Tensor) -> Tensor:
+    """Blocks [m, 128, d] at columns [r, count] -> [r, count * 128, d]."""
+    return blocks[columns.flatten()].view(len(columns), -1, blocks.shape[-1])

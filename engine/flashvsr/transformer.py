@@ -1,0 +1,263 @@
+"""FlashVSR's one evaluation of a Wan transformer, with its cache of keys, in either order of work.
+
+Chunk by chunk needs every block's cache; block by block over several chunks needs that of one. A
+block's state depends on its own earlier chunks alone, so both give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..comfyui import management
+from ..device.chunks import ChunkSize, in_chunks
+from ..families import wan
+from .attention import sparse_attention
+from .blocks import SIDE, TOKENS, BlockGrid
+from .memory import Places
+from .rotations import BlockRotations
+from .schedule import SLOT, Chunk
+from .selection import Sparsity, chosen, pooled
+
+TIMESTEP = 1000.0
+LATENT_ROWS = 2 * SIDE
+"""Rows of the latent in a row of blocks."""
+
+
+@dataclass
+class Slot:
+    """Two latent frames of a chunk: their tokens, and what one block makes of them.
+
+    Args:
+        first: number of the first latent frame.
+        noise: [1, 16, 2, h, w], float32.
+        tokens: [N, 128, C] in block order.
+    """
+
+    first: int
+    noise: Tensor
+    tokens: Tensor
+    queries: Tensor | None = None
+    """[heads, N, 128, d]; attended values once they are known."""
+
+
+@dataclass
+class Keys:
+    """Keys and values of one slot in one block, [heads, N, 128, d]."""
+
+    keys: Tensor
+    values: Tensor
+
+
+@dataclass
+class Memory:
+    """What the blocks remember of earlier chunks: slots of keys, oldest first."""
+
+    of_blocks: dict[int, list[Keys]] = field(default_factory=dict)
+
+    def of(self, block: int) -> list[Keys]:
+        return self.of_blocks.setdefault(block, [])
+
+
+class OneStep:
+    """Evaluates chunks of a clip in order.
+
+    Args:
+        net: a WanModel whose weights are loaded.
+        prompt: the checkpoint's own text [1, L, 4096].
+        like: an empty tensor of the device and dtype to compute in.
+        at_block: called before every block of every chunk.
+    """
+
+    def __init__(
+        self,
+        net: Any,
+        prompt: Tensor,
+        like: Tensor,
+        grid: BlockGrid,
+        sparsity: Sparsity,
+        places: Places,
+        at_block: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.net = net
+        self.like = like
+        self.grid = grid
+        self.sparsity = sparsity
+        self.places = places
+        self.chunk = ChunkSize(places.tokens)
+        self.at_block = at_block
+        self.heads = wan.heads(net)
+        self.rotations = BlockRotations(net.rope_embedder, grid, like.device)
+        self.near = grid.local_mask(sparsity.local_range, like.device)
+        timestep = torch.full((1,), TIMESTEP, device=like.device)
+        self.time, self.modulation = wan.time_embedding(net, timestep, like.dtype)
+        self.text = wan.Text(net.text_embedding(prompt.to(like)), None)
+        self.memory = Memory()
+
+    def __call__(
+        self,
+        chunks: Iterable[Chunk],
+        noise: Callable[[int], Tensor],
+        conditioning: Callable[[int], Tensor],
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The clean latent, a slot at a time: number of its first frame, [1, 16, 2, h, w].
+
+        Args:
+            noise: of a latent frame [16, h, w], float32.
+            conditioning: the low-quality frames' tokens of a latent frame [h / 2, w / 2, C]; asked
+                for every frame once, in order.
+        """
+        for piece in _pieces(chunks, self.places.chunks):
+            slots = [
+                [self._embedded(first, noise, conditioning) for first in range(*span, SLOT)]
+                for span in ((chunk.first, chunk.stop) for chunk in piece)
+            ]
+            for index, block in enumerate(wan.blocks(self.net)):
+                for chunk_slots in slots:
+                    self.at_block()
+                    self._evaluate(index, block, chunk_slots)
+                self._put_away(index)
+            for slot in (slot for chunk_slots in slots for slot in chunk_slots):
+                yield slot.first, self._denoised(slot)
+
+    # --- Ends ---------------------------------------------------------------------------------
+
+    def _embedded(self, first: int, noise: Any, conditioning: Any) -> Slot:
+        frames = range(first, first + SLOT)
+        own = torch.stack([noise(t) for t in frames], dim=1)[None]
+        shown = torch.stack([conditioning(t).to(self.like.device) for t in frames])
+        row = BlockGrid(1, self.grid.columns)
+        dim = wan.shape(self.net).dim
+        tokens = self._room(self.places.tokens_on_device, (self.grid.count, TOKENS, dim))
+
+        def compute(start: int, stop: int) -> None:
+            for i in range(start, stop):
+                latent = own[:, :, :, i * LATENT_ROWS : (i + 1) * LATENT_ROWS].to(self.like)
+                embedded = wan.embed(self.net, latent).view(SLOT, SIDE, -1, dim)
+                added = embedded + shown[:, i * SIDE : (i + 1) * SIDE]
+                tokens[i * row.count : (i + 1) * row.count] = row.to_blocks(added)
+
+        in_chunks(range(1, self.grid.rows + 1), ChunkSize(1), compute)
+        return Slot(first, own, tokens)
+
+    def _denoised(self, slot: Slot) -> Tensor:
+        clean = torch.empty_like(slot.noise)
+        row = BlockGrid(1, self.grid.columns)
+
+        def compute(start: int, stop: int) -> None:
+            for i in range(start, stop):
+                blocks = slot.tokens[i * row.count : (i + 1) * row.count].to(self.like.device)
+                for t, tokens in enumerate(row.to_raster(blocks)):
+                    velocity = wan.head(
+                        self.net, tokens.flatten(0, 1)[None], self.time, tokens.shape[1]
+                    )
+                    rows = slice(i * LATENT_ROWS, (i + 1) * LATENT_ROWS)
+                    clean[0, :, t, rows] = slot.noise[0, :, t, rows] - velocity.to(clean)
+
+        in_chunks(range(1, self.grid.rows + 1), ChunkSize(1), compute)
+        return clean
+
+    # --- A block ------------------------------------------------------------------------------
+
+    def _evaluate(self, index: int, block: Any, slots: list[Slot]) -> None:
+        """Block number `index` in place on the tokens of a chunk."""
+        rows = wan.modulation(block, self.modulation[0])
+        remembered = self.memory.of(index)
+        remembered += [self._projected(block, slot, rows) for slot in slots]
+        for head in range(self.heads):
+            self._attend(head, slots, remembered)
+        del remembered[: self.sparsity.forgotten(len(remembered))]
+        for slot in slots:
+            self._finish(block, slot, rows)
+            slot.queries = None
+
+    def _projected(self, block: Any, slot: Slot, rows: wan.Modulation) -> Keys:
+        """Queries, keys and values of a slot."""
+        dim = wan.shape(self.net).dim
+        shape = (self.heads, self.grid.count, TOKENS, dim // self.heads)
+        queries = self._room(self.places.queries_on_device, shape)
+        keys, values = (self._room(self.places.keys_on_device, shape) for _ in range(2))
+
+        def compute(start: int, stop: int) -> None:
+            x = self._read(slot.tokens, start, stop)
+            y = wan.attention_input(block, x, rows)
+            rotations = self.rotations.of(slot.first, start, stop)
+            made = (
+                (queries, wan.rotate(wan.queries(block, y), self.heads, rotations)),
+                (keys, wan.rotate(wan.keys(block, y), self.heads, rotations)),
+                (values, wan.values(block, y)),
+            )
+            for store, part in made:
+                store[:, start:stop] = self._by_head(part)
+
+        self._over_blocks(compute)
+        slot.queries = queries
+        return Keys(keys, values)
+
+    def _attend(self, head: int, slots: list[Slot], remembered: list[Keys]) -> None:
+        """One head of a chunk; the queries of each slot are overwritten with what they attended."""
+        device = self.like.device
+        k, v = (
+            torch.cat([part[head].to(device) for part in parts])
+            for parts in zip(*((slot.keys, slot.values) for slot in remembered), strict=True)
+        )
+        means = pooled(k)
+        for slot in slots:
+            assert slot.queries is not None
+            q = slot.queries[head].to(device)
+            kept = chosen(pooled(q), means, self.near, self.sparsity.budget(self.grid))
+            slot.queries[head] = sparse_attention(q, k, v, kept, self.chunk)
+
+    def _finish(self, block: Any, slot: Slot, rows: wan.Modulation) -> None:
+        """The rest of a block on one slot."""
+
+        def compute(start: int, stop: int) -> None:
+            assert slot.queries is not None
+            attended = slot.queries[:, start:stop].to(self.like.device)
+            attended = attended.permute(1, 2, 0, 3).reshape(1, (stop - start) * TOKENS, -1)
+            x = self._read(slot.tokens, start, stop)
+            x = wan.attention_output(block, x, attended, rows)
+            x = x + wan.cross_attention(block, x, self.text, {})
+            x = torch.addcmul(x, wan.feed_forward(block, x, rows), rows.gate)
+            slot.tokens[start:stop] = x.view(stop - start, TOKENS, -1)
+
+        self._over_blocks(compute)
+
+    # --- Where things are ---------------------------------------------------------------------
+
+    def _put_away(self, index: int) -> None:
+        """Leave the device to the next block's keys, where they cannot all stay there."""
+        if self.places.keys_on_device and not self.places.keys_stay:
+            for slot in self.memory.of(index):
+                slot.keys, slot.values = slot.keys.cpu(), slot.values.cpu()
+
+    def _room(self, on_device: bool, shape: tuple[int, ...]) -> Tensor:
+        """An uninitialised tensor on the device, or in host memory where there is no room."""
+        made = management.empty_if_it_fits(self.like, shape) if on_device else None
+        return torch.empty(shape, dtype=self.like.dtype) if made is None else made
+
+    def _read(self, tokens: Tensor, start: int, stop: int) -> Tensor:
+        """Blocks start to stop as tokens [1, n, C] on the device."""
+        return tokens[start:stop].to(self.like.device).flatten(0, 1)[None]
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        """[1, n * 128, C] -> [heads, n, 128, d]"""
+        return x[0].unflatten(0, (-1, TOKENS)).unflatten(-1, (self.heads, -1)).permute(2, 0, 1, 3)
+
+    def _over_blocks(self, compute: Callable[[int, int], None]) -> None:
+        in_chunks(range(TOKENS, (self.grid.count + 1) * TOKENS, TOKENS), self.chunk, compute)
+
+
+def _pieces(chunks: Iterable[Chunk], size: int) -> Iterator[list[Chunk]]:
+    piece: list[Chunk] = []
+    for chunk in chunks:
+        piece.append(chunk)
+        if len(piece) == size:
+            yield piece
+            piece = []
+    if piece:
+        yield piece
