@@ -1,8 +1,8 @@
 """Top-k block sparsity: a window reads only those blocks of its keys that matter most to it.
 
-FlashVSR's selection (arXiv 2510.12747): queries and keys are mean-pooled after rotation, a block's
-score is their product, and every head keeps its own best blocks. Here the kept blocks are gathered,
-so that any attention kernel works on them, and the score is one per window.
+After FlashVSR (arXiv 2510.12747), but coarser: keys are pooled by block, queries over the whole
+window, so that all tokens of a window read the same blocks. FlashVSR's own rule, a choice for every
+block of queries under one threshold, is `engine/flashvsr/selection.py`.
 """
 
 from __future__ import annotations

@@ -18,6 +18,12 @@ def use_on_device(model: Any) -> torch.device:
     return model.load_device
 
 
+def load_together(models: list[Any]) -> torch.device:
+    """Load models' weights where ComfyUI computes, as far as they fit, and say where that is."""
+    comfy.model_management.load_models_gpu(models)
+    return models[0].load_device
+
+
 def raise_if_cancelled() -> None:
     """Leave the job when the artist pressed cancel."""
     comfy.model_management.throw_exception_if_processing_interrupted()

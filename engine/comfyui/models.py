@@ -16,6 +16,7 @@ import comfy.patcher_extension
 import comfy.sample
 import comfy.sd
 import comfy.utils
+import latent_preview
 import node_helpers
 import torch
 from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
@@ -52,6 +53,18 @@ def is_plain_wan(model: Any) -> bool:
 def process_latent_in(model: Any, latent: Tensor) -> Tensor:
     """A ComfyUI latent in the normalised space that the model works in."""
     return model.get_model_object("latent_format").process_in(latent)
+
+
+def process_latent_out(model: Any, latent: Tensor) -> Tensor:
+    """A ComfyUI latent from the normalised space that the model works in."""
+    return model.get_model_object("latent_format").process_out(latent)
+
+
+def latent_previewer(model: Any) -> Callable[[Tensor], Any]:
+    """Makes a small PIL picture of a normalised latent [1, C, T, h, w], or None without previews."""
+    latent_format = model.get_model_object("latent_format")
+    previewer = latent_preview.get_previewer(model.load_device, latent_format)
+    return previewer.decode_latent_to_preview if previewer else lambda _: None
 
 
 def percent_to_sigma(model: Any, percent: float) -> float:
@@ -150,6 +163,11 @@ def build_wan(**config: Any) -> torch.nn.Module:
 def load_diffusion_model(state: dict[str, Tensor]) -> Any:
     """A ModelPatcher from a diffusion model's weights, through the stock loader."""
     return comfy.sd.load_diffusion_model_state_dict(state)
+
+
+def load_diffusion_model_file(path: str) -> Any:
+    """A ModelPatcher from the file of a diffusion model, through the stock loader."""
+    return comfy.sd.load_diffusion_model(path)
 
 
 def with_lora(model: Any, lora: dict[str, Tensor], strength: float = 1.0) -> Any:

@@ -96,3 +96,36 @@ def preview_bar(total: int, size: int) -> Callable[[int, Any], None]:
         bar.update_absolute(done, total, picture and ("PNG", picture, size))
 
     return show
+
+
+# --- FlashVSR --------------------------------------------------------------------------------
+
+FLASHVSR = "FlashVSR"
+"""Its folder below ComfyUI's models, and its name in the folder settings."""
+
+
+def flashvsr_folders() -> list[str]:
+    """Where FlashVSR's files lie: `models/FlashVSR`, and what the folder settings add."""
+    own = Path(folder_paths.models_dir) / FLASHVSR
+    folder_paths.add_model_folder_path(FLASHVSR, str(own))  # once; those of the settings stay
+    return folder_paths.get_folder_paths(FLASHVSR)
+
+
+def flashvsr_names() -> list[str]:
+    """The files in FlashVSR's folders."""
+    flashvsr_folders()
+    return folder_paths.get_filename_list(FLASHVSR)
+
+
+def diffusion_model_names() -> list[str]:
+    """The files in the folders of diffusion models."""
+    return folder_paths.get_filename_list("diffusion_models")
+
+
+def flashvsr_file(name: str) -> Path | None:
+    """A file in FlashVSR's folders or those of diffusion models, or None where there is none."""
+    flashvsr_folders()
+    for folder in (FLASHVSR, "diffusion_models"):
+        if found := folder_paths.get_full_path(folder, name):
+            return Path(found)
+    return None

@@ -16,8 +16,8 @@ from torch import Tensor
 from ..comfyui import management
 from ..device.chunks import ChunkSize, in_chunks
 from ..families import wan
-from .attention import sparse_attention
 from .blocks import SIDE, TOKENS, BlockGrid
+from .kernel import attention_for
 from .memory import Places
 from .rotations import BlockRotations
 from .schedule import SLOT, Chunk
@@ -91,6 +91,7 @@ class OneStep:
         self.chunk = ChunkSize(places.tokens)
         self.at_block = at_block
         self.heads = wan.heads(net)
+        self.attention = attention_for(like.device, like.dtype)
         self.rotations = BlockRotations(net.rope_embedder, grid, like.device)
         self.near = grid.local_mask(sparsity.local_range, like.device)
         timestep = torch.full((1,), TIMESTEP, device=like.device)
@@ -210,7 +211,7 @@ class OneStep:
             assert slot.queries is not None
             q = slot.queries[head].to(device)
             kept = chosen(pooled(q), means, self.near, self.sparsity.budget(self.grid))
-            slot.queries[head] = sparse_attention(q, k, v, kept, self.chunk)
+            slot.queries[head] = self.attention(q, k, v, kept, self.chunk)
 
     def _finish(self, block: Any, slot: Slot, rows: wan.Modulation) -> None:
         """The rest of a block on one slot."""
