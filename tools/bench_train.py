@@ -64,15 +64,15 @@ def run_one(shape: str, grid: list[int]) -> dict[str, Any]:
     from atlasvid.engine.comfyui import management
 
     with tempfile.TemporaryDirectory() as folder:
-        trainer, dataset = prepare(shape, grid, Path(folder))
+        trainer = prepare(shape, grid, Path(folder))
         with management.training():
-            result = measure(lambda: trainer.learn(dataset))
+            result = measure(trainer.learn)
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
     return {**result, "tokens": math.prod(grid), "peak_bytes": peak}
 
 
-def prepare(shape: str, grid: list[int], folder: Path) -> tuple[Any, Any]:
-    """A trainer of a model of one shape, and a dataset of one random sample."""
+def prepare(shape: str, grid: list[int], folder: Path) -> Any:
+    """A trainer of a model of one shape, on one random sample."""
     import torch
     from atlasvid.engine.families.family import latent_space
     from atlasvid.engine.geometry.plan import Plan
@@ -106,4 +106,5 @@ def prepare(shape: str, grid: list[int], folder: Path) -> tuple[Any, Any]:
     precision = "bf16" if torch.cuda.is_available() else "fp32"
     settings = TrainSettings("guide", 2, window=COMPACT, precision=precision, caption_dropout=0.0)
     trainer = Trainer(model, plan, settings, folder / "lora.safetensors", folder / "run")
-    return trainer, Dataset((file,), file, ())
+    trainer.dataset = Dataset((file,), file, ())
+    return trainer
