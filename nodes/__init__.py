@@ -10,6 +10,7 @@ from .detail import (
     AtlasVidStructureGuidance,
 )
 from .encode import AtlasVidEncode, AtlasVidImageToVideo
+from .flashvsr import AtlasVidTCDecode
 from .lora import AtlasVidGuideLoRA
 from .plan import AtlasVidPlan
 from .rope import AtlasVidRoPE
@@ -29,6 +30,7 @@ NODES: list[type[io.ComfyNode]] = [
     AtlasVidDecodeToVideo,
     AtlasVidEncode,
     AtlasVidImageToVideo,
+    AtlasVidTCDecode,
 ]
 
 

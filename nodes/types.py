@@ -5,6 +5,7 @@ from comfy_api.latest import io
 from ..engine.device.budget import AUTO, BUDGETS
 
 PlanType = io.Custom("ATLASVID_PLAN")
+FlashVSRType = io.Custom("ATLASVID_FLASHVSR")
 GuideLoraType = io.Custom("ATLASVID_GUIDE_LORA")
 
 CATEGORY = "AtlasVid"

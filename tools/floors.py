@@ -23,6 +23,7 @@ PICTURE = ROOT / "docs" / "floors.png"
 HOLDS = {
     "nodes": "schemas and executes",
     "estimate": "cost, calibration, overview",
+    "flashvsr": "super-resolution that streams",
     "training": "trainer, dataset, adapters",
     "vae": "exact decode and encode",
     "quality": "measures of a render",

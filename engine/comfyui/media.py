@@ -138,6 +138,32 @@ def video_batches(video: Any, size: int) -> Iterator[Tensor]:
                 return
 
 
+class _SoundOfContainer:
+    """A video container that hides its frames: the core's conversion reads the sound alone."""
+
+    def __init__(self, container: Any) -> None:
+        self.streams = container.streams
+        self.metadata = container.metadata
+        self.seek = container.seek
+        self._container = container
+
+    def demux(self, *streams: Any) -> Iterator[Any]:
+        return self._read(self._container.demux, streams)
+
+    def decode(self, *streams: Any) -> Iterator[Any]:
+        return self._read(self._container.decode, streams)
+
+    def _read(self, read: Callable[..., Iterator[Any]], streams: tuple[Any, ...]) -> Iterator[Any]:
+        sound = [stream for stream in streams if stream.type == "audio"]
+        return read(*sound) if sound else iter(())
+
+
+def video_sound(video: Any) -> Any:
+    """The AUDIO of a video file, as its `get_components` gives it, or None."""
+    with av.open(video.get_stream_source(), mode="r") as container:
+        return video.get_components_internal(_SoundOfContainer(container)).audio
+
+
 def scale_and_crop(images: Tensor, width: int, height: int) -> Tensor:
     """Images [n, h, w, c] scaled bilinearly and cropped around the centre, as stock nodes do."""
     scaled = comfy.utils.common_upscale(images.movedim(-1, 1), width, height, "bilinear", "center")

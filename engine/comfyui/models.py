@@ -11,6 +11,7 @@ import comfy.ldm.modules.attention
 import comfy.ldm.wan.model
 import comfy.model_base
 import comfy.model_management
+import comfy.model_patcher
 import comfy.ops
 import comfy.patcher_extension
 import comfy.sample
@@ -190,6 +191,20 @@ def set_conditioning(conditioning: Any, values: dict[str, Any]) -> Any:
 def differentiable_attention(_: Any, *args: Any, **kwargs: Any) -> Tensor:
     """PyTorch's attention in place of the one that the start flags chose (an override)."""
     return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
+
+
+def conv2d(*sizes: int, **choices: Any) -> torch.nn.Module:
+    """An uninitialised 2D convolution whose weights ComfyUI may keep elsewhere."""
+    return comfy.ops.manual_cast.Conv2d(*sizes, **choices)
+
+
+def patcher(module: torch.nn.Module) -> Any:
+    """A module under ComfyUI's memory management."""
+    return comfy.model_patcher.CoreModelPatcher(
+        module,
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
 
 
 @contextmanager

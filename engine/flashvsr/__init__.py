@@ -1,0 +1,1 @@
+"""FlashVSR: one-step video super-resolution that streams, of any size and length."""

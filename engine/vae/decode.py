@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from ..comfyui import management, media, server
 from ..device.budget import AUTO, parse_budget
+from .frames import Piece
 from .regions import Region, TileGrid
-from .scratch import MemoryStore, Store
+from .scratch import MemoryStore, ScratchFile, Store
 from .tiling import DECODE_WORK_LIMIT, CostModel, frugal_grid, grid_within
 from .wan import Cache, WanDecoder, frame_count
 
@@ -109,9 +111,9 @@ class TiledDecoder:
         channels = self.decoder.feature_channels
         return plan_tiles(self.vae, self.cost, channels, self.budget, DECODE_WORK_LIMIT)
 
-    def feature_bytes(self, grid: TileGrid) -> int:
+    def scratch_bytes(self, plan: TileGrid) -> int:
         """Bytes that a store holds: every tile's features with their halo."""
-        areas = sum(self.cost.regions(tile)[0].area for tile in grid.tiles)
+        areas = sum(self.cost.regions(tile)[0].area for tile in plan.tiles)
         size = self.decoder.feature_channels * self.vae.vae_dtype.itemsize
         return areas * self.latent.shape[2] * size
 
@@ -181,6 +183,22 @@ class TiledDecoder:
     def _tile_pixels(self, x: Tensor, cache: Cache, regions: list[Region], first: bool) -> Tensor:
         with management.device_context(self.vae):
             return self.decoder.pixels(x, cache, regions, first)[0]
+
+    def pieces(self, plan: TileGrid, folder: Path) -> Iterator[Piece]:
+        """All blocks as images; features that wait for other tiles lie in `folder`."""
+        for block in self.blocks(plan, lambda: ScratchFile(folder)):
+            yield Piece(block.box, block.start, self.images(block), block.completes)
+
+    def all_images(self) -> Tensor:
+        """All frames as images [frames, height, width, 3], batch items one after the other."""
+        vae = self.vae
+        shape = (self.frames, self.height, self.width, self.decoder.out_channels)
+        images = torch.empty(shape, device=vae.output_device, dtype=vae.vae_output_dtype())
+        for block in self.blocks(self.plan()):
+            frames = self.images(block)
+            rows, cols = slice(*_ends(block.box.rows)), slice(*_ends(block.box.cols))
+            images[block.start : block.start + len(frames), rows, cols] = frames
+        return images
 
     def images(self, block: Block) -> Tensor:
         """A block's frames as the core makes images of them: [t, height, width, 3] in [0, 1]."""
@@ -270,11 +288,4 @@ def decode_images(vae: Any, latent: Tensor, budget: str = AUTO) -> Tensor:
 
     Equal to the VAE's own untiled decode, batch items one after the other.
     """
-    tiled = TiledDecoder(vae, latent, budget)
-    shape = (tiled.frames, tiled.height, tiled.width, tiled.decoder.out_channels)
-    images = torch.empty(shape, device=vae.output_device, dtype=vae.vae_output_dtype())
-    for block in tiled.blocks(tiled.plan()):
-        frames = tiled.images(block)
-        rows, cols = slice(*_ends(block.box.rows)), slice(*_ends(block.box.cols))
-        images[block.start : block.start + len(frames), rows, cols] = frames
-    return images
+    return TiledDecoder(vae, latent, budget).all_images()

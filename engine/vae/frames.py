@@ -1,18 +1,74 @@
 """Decoded frames as an encoder wants them: quantised, in order, never all at once."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .decode import Block, TiledDecoder
 from .regions import Region
 from .scratch import ScratchFile, require_space
 
+COLOURS = 3
+
 LEVELS = {8: 255, 10: 65535}
 """Integer levels that the core quantises to, per bit depth: it feeds 16-bit RGB to 10-bit video."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Finished frames, or a box of them.
+
+    `images` is [t, height, width, 3] in [0, 1] and fills `box` of the frames from `start` on;
+    `completes` says that no part of these frames is missing any more.
+    """
+
+    box: Region
+    start: int
+    images: Tensor
+    completes: bool
+
+
+class FrameStream(Protocol):
+    """A clip whose frames are made when they are wanted, from the start, as often as needed."""
+
+    @property
+    def frames(self) -> int: ...
+
+    @property
+    def height(self) -> int: ...
+
+    @property
+    def width(self) -> int: ...
+
+    def plan(self) -> Any:
+        """Loads what is needed and decides how to go about one pass."""
+        ...
+
+    def scratch_bytes(self, plan: Any) -> int:
+        """Disk space that a pass needs beside its frames."""
+        ...
+
+    def pieces(self, plan: Any, folder: Path) -> Iterator[Piece]:
+        """One pass over all frames; a piece may come again. Temporary files lie in `folder`."""
+        ...
+
+    def all_images(self) -> Tensor:
+        """All frames [frames, height, width, 3] in [0, 1]."""
+        ...
+
+
+def whole_images(stream: FrameStream, folder: Path) -> Tensor:
+    """What a stream's `all_images` gives, gathered from its pieces."""
+    images = torch.empty(stream.frames, stream.height, stream.width, COLOURS)
+    for piece in stream.pieces(stream.plan(), folder):
+        rows, cols = piece.box.rows, piece.box.cols
+        stop = piece.start + len(piece.images)
+        images[piece.start : stop, rows.start : rows.stop, cols.start : cols.stop] = piece.images
+    return images
 
 
 def quantise(images: Tensor, bit_depth: int) -> Tensor:
@@ -62,10 +118,10 @@ class FrameBuffer:
 
 
 class DecodedFrames:
-    """The frames of a latent video at one bit depth: decoded at the first reading, then kept."""
+    """The frames of a stream at one bit depth: decoded at the first reading, then kept."""
 
-    def __init__(self, tiled: TiledDecoder, bit_depth: int, folder: Path) -> None:
-        self._tiled = tiled
+    def __init__(self, stream: FrameStream, bit_depth: int, folder: Path) -> None:
+        self._stream = stream
         self._bit_depth = bit_depth
         self._folder = folder
         self._buffer: FrameBuffer | None = None
@@ -79,31 +135,28 @@ class DecodedFrames:
         if self._buffer is not None:
             yield from map(self._buffer.read, self._buffer.chunks())
             return
-        grid = self._tiled.plan()
-        needed = self._frame_bytes() + self._tiled.feature_bytes(grid)
+        plan = self._stream.plan()
+        needed = self._frame_bytes() + self._stream.scratch_bytes(plan)
         require_space(self._folder, needed, self._purpose())
-        buffer = FrameBuffer(self._tiled.height, self._tiled.width, self._folder)
+        buffer = FrameBuffer(self._stream.height, self._stream.width, self._folder)
         try:
             emitted = -1
-            for block in self._tiled.blocks(grid, lambda: ScratchFile(self._folder)):
-                self._keep(buffer, block)
+            for piece in self._stream.pieces(plan, self._folder):
+                buffer.write(piece.box, piece.start, quantise(piece.images, self._bit_depth))
                 # A tile that was halved after running out of memory comes again from its start.
-                if block.completes and block.start > emitted:
-                    emitted = block.start
-                    yield buffer.read(block.start)
+                if piece.completes and piece.start > emitted:
+                    emitted = piece.start
+                    yield buffer.read(piece.start)
         except BaseException:
             buffer.close()
             raise
         self._buffer = buffer
 
-    def _keep(self, buffer: FrameBuffer, block: Block) -> None:
-        buffer.write(block.box, block.start, quantise(self._tiled.images(block), self._bit_depth))
-
     def _frame_bytes(self) -> int:
-        tiled = self._tiled
-        values = tiled.frames * tiled.height * tiled.width * tiled.decoder.out_channels
+        stream = self._stream
+        values = stream.frames * stream.height * stream.width * COLOURS
         return values * (1 if self._bit_depth == 8 else 2)
 
     def _purpose(self) -> str:
-        tiled = self._tiled
-        return f"Decoding {tiled.frames} frames of {tiled.width} x {tiled.height}"
+        stream = self._stream
+        return f"Decoding {stream.frames} frames of {stream.width} x {stream.height}"

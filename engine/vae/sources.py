@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..comfyui import media
+from .video import StreamedVideo
 
 FILE_BATCH = 16
 
@@ -75,6 +77,26 @@ class FileFrames:
 
 
 @dataclass(frozen=True, eq=False)
+class StreamedFrames:
+    """A clip that is decoded when it is read, and then kept in a temporary file."""
+
+    video: StreamedVideo
+    in_memory: bool = False
+
+    @property
+    def frames(self) -> int:
+        return self.video.get_frame_count()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        width, height = self.video.get_dimensions()
+        return height, width
+
+    def batches(self) -> Iterator[Tensor]:
+        yield from self.video.batches()
+
+
+@dataclass(frozen=True, eq=False)
 class GreyAfter:
     """`images` first, then grey up to `frames` frames; the grey takes no memory."""
 
@@ -102,10 +124,24 @@ def frame_source(pixels: Any) -> FrameSource:
     """
     if isinstance(pixels, media.VideoFromFile):
         return FileFrames(pixels)
+    if isinstance(pixels, StreamedVideo):
+        return StreamedFrames(pixels)
     images = pixels if isinstance(pixels, Tensor) else pixels.get_components().images
     if images.shape[0] == 0:
         raise ValueError("There are no frames to encode: connect images or a video that has some.")
     return ImageFrames(images)
+
+
+def sound_and_rate(pixels: Any) -> tuple[dict[str, Any] | None, Fraction | None]:
+    """The AUDIO and the frame rate of a VIDEO; None for what it or an image batch does not have."""
+    if isinstance(pixels, Tensor):
+        return None, None
+    if isinstance(pixels, StreamedVideo):
+        return pixels.audio, pixels.get_frame_rate()
+    if isinstance(pixels, media.VideoFromFile):
+        return media.video_sound(pixels), pixels.get_frame_rate()
+    components = pixels.get_components()
+    return components.audio, Fraction(components.frame_rate)
 
 
 def latent_groups(batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:

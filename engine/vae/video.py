@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ..comfyui import media, server
-from .decode import TiledDecoder, decode_images
-from .frames import DecodedFrames, dequantise
+from .frames import DecodedFrames, FrameStream, dequantise
 from .scratch import scratch_name, sweep
 
+# A bit depth at which frames are kept in 16 bits.
+FINE = 10
 # What PyAV calls the container of an mp4 file.
 MP4_FORMAT = "mov,mp4,m4a,3gp,3g2,mj2"
 
@@ -91,18 +92,18 @@ class LazyFrames:
 
 
 class StreamedVideo(media.VideoInput):
-    """A latent video that stock nodes save, trim and measure without its frames in memory."""
+    """A clip that stock nodes save, trim and measure without its frames in memory."""
 
     def __init__(
         self,
-        tiled: TiledDecoder,
+        stream: FrameStream,
         frame_rate: Fraction,
         audio: dict[str, Any] | None = None,
         bit_depth: int = 8,
     ) -> None:
         media.require_bit_depth(bit_depth)
-        self._tiled = tiled
-        self._excerpt = Excerpt(0, tiled.frames, frame_rate, audio)
+        self._stream = stream
+        self._excerpt = Excerpt(0, stream.frames, frame_rate, audio)
         self._bit_depth = bit_depth
         self._decoded: dict[int, DecodedFrames] = {}
 
@@ -129,18 +130,28 @@ class StreamedVideo(media.VideoInput):
     def _frames(self, bit_depth: int) -> DecodedFrames:
         if bit_depth not in self._decoded:
             folder = server.temp_directory()
-            self._decoded[bit_depth] = DecodedFrames(self._tiled, bit_depth, folder)
+            self._decoded[bit_depth] = DecodedFrames(self._stream, bit_depth, folder)
         return self._decoded[bit_depth]
 
     @property
     def _size(self) -> tuple[int, int]:
-        return self._tiled.height, self._tiled.width
+        return self._stream.height, self._stream.width
 
     def get_components(self) -> Any:
-        """All pixels, decoded again from the latent in full precision."""
-        tiled, clip = self._tiled, self._excerpt
-        images = decode_images(tiled.vae, tiled.latent, tiled.budget)[clip.first : clip.stop]
+        """All pixels, decoded again in full precision."""
+        clip = self._excerpt
+        images = self._stream.all_images()[clip.first : clip.stop]
         return media.video_components(images, clip.frame_rate, clip.audio)
+
+    def batches(self) -> Iterator[Tensor]:
+        """All frames [n, height, width, 3] in [0, 1], in 16 bits, a few at a time."""
+        for frame in LazyFrames(self._frames(FINE), self._excerpt, self._size, FINE):
+            yield frame[None]
+
+    @property
+    def audio(self) -> dict[str, Any] | None:
+        """Its sound, if any."""
+        return self._excerpt.audio
 
     def as_trimmed(
         self,
@@ -152,7 +163,7 @@ class StreamedVideo(media.VideoInput):
         clip = self._excerpt.trimmed(start_time or 0.0, duration or 0.0, strict_duration)
         if clip is None:
             return None
-        video = StreamedVideo(self._tiled, clip.frame_rate, bit_depth=self._bit_depth)
+        video = StreamedVideo(self._stream, clip.frame_rate, bit_depth=self._bit_depth)
         video._excerpt, video._decoded = clip, self._decoded
         return video
 
