@@ -10,7 +10,7 @@ from .detail import (
     AtlasVidStructureGuidance,
 )
 from .encode import AtlasVidEncode, AtlasVidImageToVideo
-from .flashvsr import AtlasVidTCDecode
+from .flashvsr import AtlasVidFlashVSR, AtlasVidFlashVSRLoader, AtlasVidTCDecode
 from .lora import AtlasVidGuideLoRA
 from .plan import AtlasVidPlan
 from .rope import AtlasVidRoPE
@@ -30,6 +30,8 @@ NODES: list[type[io.ComfyNode]] = [
     AtlasVidDecodeToVideo,
     AtlasVidEncode,
     AtlasVidImageToVideo,
+    AtlasVidFlashVSRLoader,
+    AtlasVidFlashVSR,
     AtlasVidTCDecode,
 ]
 

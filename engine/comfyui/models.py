@@ -62,7 +62,7 @@ def process_latent_out(model: Any, latent: Tensor) -> Tensor:
 
 
 def latent_previewer(model: Any) -> Callable[[Tensor], Any]:
-    """Makes a small PIL picture of a normalised latent [1, C, T, h, w], or None without previews."""
+    """Makes a small PIL picture of a normalised latent [1, C, T, h, w]; None without previews."""
     latent_format = model.get_model_object("latent_format")
     previewer = latent_preview.get_previewer(model.load_device, latent_format)
     return previewer.decode_latent_to_preview if previewer else lambda _: None

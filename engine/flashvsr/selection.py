@@ -40,6 +40,9 @@ class Sparsity:
         return max(3, int(self.kv_ratio), 2) + 1
 
 
+PUBLISHED = Sparsity()
+
+
 def pooled(rows: Tensor) -> Tensor:
     """The mean of every block's tokens: [blocks, 128, d] -> [blocks, d]."""
     return rows.mean(dim=1)

@@ -14,21 +14,17 @@ from torch import Tensor
 
 from ..comfyui import management
 from ..vae.sources import FileFrames, FrameSource
+from .blocks import PIXELS
+from .schedule import Schedule
 
 Size = tuple[int, int]
 """Height and width in pixels."""
 
-MULTIPLE = 128
-"""Sides of what the DiT reads: attention blocks of 8 tokens, tokens of 2 latents, latents of 8."""
-LEAD = 4
-"""Frames that conditioning runs ahead of what is decoded, appended as copies of the last."""
-LEAST_FRAMES = 25
-"""The DiT's first chunk reads these."""
 KEPT_BEHIND = 32
 """The decoder follows the DiT by one chunk, of which the first is the longest."""
 
 
-def padded_size(size: Size, multiple: int = MULTIPLE) -> Size:
+def padded_size(size: Size, multiple: int = PIXELS) -> Size:
     """A size rounded up to whole multiples."""
     height, width = (-(-side // multiple) * multiple for side in size)
     return height, width
@@ -99,19 +95,6 @@ def _named(size: Size) -> str:
     return f"{size[1]} x {size[0]}"
 
 
-def conditioning_frames(count: int) -> int:
-    """Low-quality frames for a clip of `count`: the smallest 8 m + 1 >= count + 4, at least 25.
-
-    What this is more than count + 4 is cut off the result again, so that no frame is lost.
-    """
-    return max(LEAST_FRAMES, -(-(count + LEAD - 1) // 8) * 8 + 1)
-
-
-def latent_frames(count: int) -> int:
-    """Latent frames that FlashVSR makes of `count` frames."""
-    return (conditioning_frames(count) - 1) // 4
-
-
 @dataclass(frozen=True, eq=False)
 class Footage:
     """A source of frames whose number and size are known."""
@@ -168,7 +151,7 @@ class LowQuality:
     @property
     def frames_in_all(self) -> int:
         """Frames with the copies of the last that FlashVSR reads beyond the clip."""
-        return conditioning_frames(self.count)
+        return Schedule(self.count).read
 
     def frames(self, first: int, stop: int) -> Tensor:
         """Frames first <= i < stop, float32 [n, 3, padded height, padded width] in [-1, 1].

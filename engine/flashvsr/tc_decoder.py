@@ -30,7 +30,8 @@ from ..vae.video import StreamedVideo
 from ..vae.wan import frame_count
 from .bundle import FlashVSR
 from .colour import colour_method
-from .source import Footage, LowQuality, Upscale, latent_frames
+from .schedule import Schedule
+from .source import Footage, LowQuality, Upscale
 
 LATENT_CHANNELS = 16
 FRAMES = 4
@@ -341,15 +342,17 @@ class ConditionedClip:
         size: tuple[int, int] | None = None,
         colour: str = "adain",
         budget: str = AUTO,
+        normalised: Callable[[Tensor], Tensor] = lambda latent: latent,
     ) -> None:
         """A clip of as many frames as the footage has.
 
         Args:
             patcher: ModelPatcher of a TCDecoder.
-            latents: [1, 16, T, h, w], normalised.
+            latents: [1, 16, T, h, w].
             footage: what the latents were made from.
             size: height and width of the result, the rest of the latents is padding; None: all.
             colour: "adain", "wavelet" or "off".
+            normalised: makes of some latent frames what the decoder reads.
 
         Raises:
             ValueError: latents and footage do not belong together.
@@ -364,6 +367,7 @@ class ConditionedClip:
         self.height, self.width = self.upscale.scaled
         self._correct = colour_method(colour)
         self._patcher = patcher
+        self._normalised = normalised
         self._budget = budget
 
     def plan(self) -> TCRun:
@@ -380,12 +384,18 @@ class ConditionedClip:
         low_quality = LowQuality(self.footage, self.upscale)
         box = Region(Span(0, self.height), Span(0, self.width))
         start = 0
-        for frames in plan.decode(self.latents, low_quality):
+        for frames in self._decoded(plan, low_quality):
             management.raise_if_cancelled()
             images = self._images(frames, low_quality, start)
             yield Piece(box, start, images, completes=True)
             start += len(images)
             advance(1)
+
+    def _decoded(self, plan: TCRun, low_quality: LowQuality) -> Iterator[Tensor]:
+        """Only one latent frame is normalised at a time: the others may lie in a file."""
+        for t in range(self.latents.shape[2]):
+            latent = self._normalised(self.latents[:, :, t : t + 1])
+            yield from plan.decode(latent, low_quality)
 
     @torch.inference_mode()
     def _images(self, frames: Tensor, low_quality: LowQuality, start: int) -> Tensor:
@@ -412,12 +422,25 @@ def _require_latents(latents: Tensor) -> None:
 def _require_length(latents: int, frames: int) -> None:
     """Latents of FlashVSR cover the frames, those of a VAE may drop up to three of them."""
     least = (frames - 1) // FRAMES + 1
-    if not least <= latents <= max(latent_frames(frames), least + 1):
+    if not least <= latents <= max(Schedule(frames).latent_frames, least + 1):
         raise ValueError(
             f"The latent has {latents} frames, which make {frame_count(latents)} of video, but "
             f"there are {frames} low-quality frames. Connect the clip that the latent was made "
             "from, at the same frame rate."
         )
+
+
+def conditioned_clip(
+    flashvsr: FlashVSR,
+    samples: Tensor,
+    footage: Footage,
+    size: tuple[int, int],
+    colour: str,
+    budget: str,
+) -> ConditionedClip:
+    """The clip of a ComfyUI latent [1, 16, T, h, w], which may lie in a file."""
+    normalised = partial(models.process_latent_in, flashvsr.model)
+    return ConditionedClip(flashvsr.tc_decoder, samples, footage, size, colour, budget, normalised)
 
 
 def decode_to_video(
@@ -451,12 +474,11 @@ def decode_to_video(
             "in the loader, or decode with AtlasVid Decode to Video and the Wan 2.1 VAE."
         )
     _require_latents(samples)
-    latents = models.process_latent_in(flashvsr.model, samples)
     whole_height, whole_width = (side * SCALE for side in samples.shape[-2:])
     sound, rate = sound_and_rate(low_quality)
-    clip = ConditionedClip(
-        flashvsr.tc_decoder,
-        latents,
+    clip = conditioned_clip(
+        flashvsr,
+        samples,
         Footage.of(frame_source(low_quality)),
         (height or whole_height, width or whole_width),
         colour,

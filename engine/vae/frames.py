@@ -13,6 +13,8 @@ from .regions import Region
 from .scratch import ScratchFile, require_space
 
 COLOURS = 3
+# A bit depth at which frames are kept in 16 bits.
+FINE = 10
 
 LEVELS = {8: 255, 10: 65535}
 """Integer levels that the core quantises to, per bit depth: it feeds 16-bit RGB to 10-bit video."""

@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 from ..comfyui import media, server
-from .frames import DecodedFrames, FrameStream, dequantise
+from .frames import FINE, DecodedFrames, FrameStream, dequantise
 from .scratch import scratch_name, sweep
 
-# A bit depth at which frames are kept in 16 bits.
-FINE = 10
 # What PyAV calls the container of an mp4 file.
 MP4_FORMAT = "mov,mp4,m4a,3gp,3g2,mj2"
 

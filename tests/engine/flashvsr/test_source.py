@@ -6,12 +6,11 @@ import flashvsr_reference as reference
 import numpy as np
 import pytest
 import torch
+from atlasvid.engine.flashvsr.schedule import Schedule
 from atlasvid.engine.flashvsr.source import (
     Footage,
     LowQuality,
     Upscale,
-    conditioning_frames,
-    latent_frames,
     padded_size,
 )
 from atlasvid.engine.vae.sources import frame_source
@@ -30,10 +29,10 @@ def low_quality(pixels, upscale=None, behind=32):
 
 @pytest.mark.parametrize("frames", [1, 2, 20, 21, 22, 28, 29, 30, 81])
 def test_frames_are_rounded_up(frames):
-    read = conditioning_frames(frames)
+    read = Schedule(frames).read
     assert read == reference.clip_length(frames)
     assert read % 8 == 1
-    assert 4 * latent_frames(frames) - 3 == read - 4 >= frames
+    assert 4 * Schedule(frames).latent_frames - 3 == read - 4 >= frames
 
 
 @pytest.mark.parametrize("frames", [1, 2, 20, 21, 22, 28])

@@ -1,0 +1,58 @@
+"""A latent of any length in a file."""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..vae.scratch import require_space, scratch_name, sweep
+
+
+class LatentFile:
+    """Takes a float32 latent [1, C, T, h, w] a few frames at a time, and gives it as one tensor.
+
+    Written by plain writes and mapped when it is whole: its pages never count as memory that
+    cannot be given up. The file goes with the tensor, or when writing fails.
+    """
+
+    def __init__(self, folder: Path, shape: tuple[int, int, int, int, int]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        sweep(folder)
+        require_space(folder, 4 * math.prod(shape), "The latent of this clip")
+        self.shape = shape
+        self.path = folder / scratch_name(".latent")
+        self._file = self.path.open("wb")
+        self._kept = False
+
+    def __enter__(self) -> LatentFile:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._file.close()
+        if not self._kept:
+            self.path.unlink(missing_ok=True)
+
+    def write(self, first: int, latent: Tensor) -> None:
+        """Frames `first` and following: [1, C, t, h, w]."""
+        _, channels, frames, height, width = self.shape
+        plane = 4 * height * width
+        data = latent.float().cpu().contiguous()
+        for channel in range(channels):
+            self._file.seek((channel * frames + first) * plane)
+            self._file.write(data[0, channel].reshape(-1).view(torch.uint8).numpy().data)
+
+    def tensor(self) -> Tensor:
+        """All of it; reading it takes memory only while the system has some."""
+        self._file.close()
+        flat = torch.from_file(
+            str(self.path), shared=False, size=math.prod(self.shape), dtype=torch.float32
+        )
+        self._kept = True
+        with suppress(OSError):  # Windows: mapped files stay until ComfyUI empties its temp folder
+            self.path.unlink()  # the mapping keeps the content alive
+        return flat.view(self.shape)

@@ -1,0 +1,139 @@
+"""A clip to FlashVSR's clean latent, in one evaluation of the model, streamed into a file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..branch.progress import duration
+from ..comfyui import management, models, server
+from ..device.budget import AUTO, parse_budget
+from ..families import wan
+from .blocks import BlockGrid
+from .bundle import FlashVSR
+from .memory import CPU_CHUNK, CUDA_CHUNK, Places, Sizes, choose_places
+from .noise import placed_noise
+from .projection import CLIP, ProjectionStream
+from .schedule import Schedule
+from .selection import Sparsity
+from .source import Footage, LowQuality, Upscale
+from .store import LatentFile
+from .transformer import OneStep
+
+PROJECTION_ROWS = 16
+"""Rows of tokens to convolve at a time."""
+SHARE = 0.75
+"""Of what is free: the allocator fragments, and other programs use the card too."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is made of what.
+
+    Args:
+        noise: of a latent frame [16, h, w], float32; None: by seed and place.
+    """
+
+    footage: Footage
+    upscale: Upscale
+    sparsity: Sparsity
+    seed: int = 0
+    budget: str = AUTO
+    noise: Callable[[int], Tensor] | None = None
+
+    @property
+    def grid(self) -> BlockGrid:
+        return BlockGrid.of(*self.upscale.padded)
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(self.footage.frames)
+
+    def noise_of(self, frame: int) -> Tensor:
+        if self.noise is not None:
+            return self.noise(frame)
+        return placed_noise(self.seed, frame, self.grid)
+
+
+@torch.inference_mode()
+def upscaled_latent(flashvsr: FlashVSR, job: Job) -> Tensor:
+    """The whole clip's latent [1, 16, T, h, w], as a ComfyUI latent, in a file that is mapped.
+
+    Its pages are read when they are used and can be given up by the system at any time, so that a
+    clip of any length takes no memory.
+    """
+    grid, schedule = job.grid, job.schedule
+    height, width = (side // 8 for side in job.upscale.padded)
+    shape = (1, 16, schedule.latent_frames, height, width)
+    with LatentFile(server.temp_directory(), shape) as file:
+        progress = Progress(flashvsr, schedule, grid)
+        for first, latent in denoised(flashvsr, job, progress.at_block):
+            file.write(first, models.process_latent_out(flashvsr.model, latent))
+            progress.show(latent)
+        return file.tensor()
+
+
+def denoised(
+    flashvsr: FlashVSR, job: Job, at_block: Callable[[], None] = lambda: None
+) -> Iterator[tuple[int, Tensor]]:
+    """The clean latent, normalised: number of its first frame, [1, 16, 2, h, w], float32."""
+    like = management.load_together([flashvsr.model, flashvsr.projection])
+    net = flashvsr.model.model.diffusion_model
+    like = torch.empty(0, dtype=flashvsr.model.model.get_dtype_inference(), device=like)
+    places = places_for(flashvsr, job, like)
+    stream = ProjectionStream(flashvsr.projection.model, flashvsr.version, PROJECTION_ROWS)
+    low_quality = LowQuality(job.footage, job.upscale)
+
+    def frames(first: int, stop: int) -> Tensor:
+        return low_quality.frames(first, stop).movedim(1, 0).to(like)
+
+    def conditioning(t: int) -> Tensor:
+        if t == 0:
+            stream.begin(frames(0, 1))
+        return stream.tokens(frames(CLIP * t + 1, CLIP * (t + 1) + 1))
+
+    step = OneStep(net, flashvsr.prompt, like, job.grid, job.sparsity, places, at_block)
+    yield from step(job.schedule.chunks(), job.noise_of, conditioning)
+
+
+def places_for(flashvsr: FlashVSR, job: Job, like: Tensor) -> Places:
+    """Where tensors live and in which order work is done, by the budget and what is free."""
+    shape = wan.shape(flashvsr.model.model.diffusion_model)
+    sizes = Sizes.of(job.grid, shape, job.sparsity, like.element_size())
+    free = int(SHARE * management.free_memory(like.device, flashvsr.model))
+    budget = parse_budget(job.budget)
+    host = management.host_free_memory()
+    most = CUDA_CHUNK if like.is_cuda else CPU_CHUNK
+    return choose_places(sizes, free if budget is None else min(free, budget), host, most)
+
+
+class Progress:
+    """Shows how far an up-scaling is: a bar over blocks, a line with the time left, a picture."""
+
+    def __init__(self, flashvsr: FlashVSR, schedule: Schedule, grid: BlockGrid) -> None:
+        self._picture = models.latent_previewer(flashvsr.model)
+        blocks = len(flashvsr.model.model.diffusion_model.blocks)
+        self.total = blocks * sum(1 for _ in schedule.chunks())
+        self.done = 0
+        self._bar = server.preview_bar(self.total, 512)
+        self._begun = self._spoken = time.monotonic()
+
+    def at_block(self) -> None:
+        """A block of a chunk begins."""
+        management.raise_if_cancelled()
+        now = time.monotonic()
+        if self.done and now - self._spoken > 0.5:
+            self._spoken = now
+            left = (now - self._begun) * (self.total - self.done) / self.done
+            share = f"{100 * self.done // self.total} %"
+            server.show_progress(f"up-scaling, {share}, about {duration(left)} left")
+            self._bar(self.done, None)
+        self.done += 1
+
+    def show(self, latent: Tensor) -> None:
+        """A slot [1, 16, 2, h, w] is done."""
+        self._bar(self.done, self._picture(latent[:, :, :1]))
