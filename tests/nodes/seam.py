@@ -115,7 +115,7 @@ CONTENTS: dict[type, Callable[[Any], Any]] = {
         zlib.crc32(x.detach().cpu().float().numpy().tobytes()),
     ),
     comfy.model_patcher.ModelPatcher: lambda model: (
-        model.model.diffusion_model,
+        getattr(model.model, "diffusion_model", model.model),
         model.model_options,
         model.wrappers,
         model.object_patches,

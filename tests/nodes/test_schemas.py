@@ -61,6 +61,7 @@ CONTRACT = {
     "AtlasVidDecode": ["samples", "vae", "memory_budget"],
     "AtlasVidDecodeToVideo": ["samples", "vae", "fps", "audio", "memory_budget"],
     "AtlasVidEncode": ["pixels", "vae"],
+    "AtlasVidTCDecode": ["samples", "low_quality", "flashvsr"],
     "AtlasVidImageToVideo": [
         "positive",
         "negative",

@@ -10,10 +10,15 @@ import shutil
 import comfy.clip_vision
 import folder_paths
 import pytest
+import torch
 from atlasvid import nodes
+from atlasvid.engine.comfyui import models
 from atlasvid.engine.families.tiny import TinyTextEncoder
+from atlasvid.engine.flashvsr.bundle import FlashVSR
+from atlasvid.engine.flashvsr.tc_decoder import load_tc_decoder
 from clips import render
 from comfy_api.latest import InputImpl, io
+from flashvsr_reference import tc_weights
 from safetensors.torch import save_file
 from seam import Seen, observe, require_effect
 from stock_nodes import has_ten_bit
@@ -39,6 +44,7 @@ BASE = {
     },
     "AtlasVidTinyModels": {"weights": "random"},  # the trained ones need no seed
     "AtlasVidImageToVideo": {"width": 32, "height": 48, "frames": 5},
+    "AtlasVidTCDecode": {"width": 10, "height": 10},  # twice as much still fits the latent
 }
 """Where the schema's defaults are large, or leave an input without a say."""
 
@@ -58,6 +64,13 @@ ALIASES = {
     "clip_vision_output": "positive",
 }
 """How the engine calls what an input gives, or the output that shows it, where names differ."""
+
+
+def tiny_flashvsr(seed):
+    """A bundle with what is read of it."""
+    decoder = load_tc_decoder(tc_weights((8, 8, 4, 4), seed), torch.float32)
+    model = small_wan(num_layers=1, ffn_dim=256)
+    return FlashVSR(model, None, rand(1, 4, 8), models.patcher(decoder), "v1")
 
 
 def inputs_of(node):
@@ -109,6 +122,7 @@ def legal(written):
         "ATLASVID_GUIDE_LORA": [
             nodes.AtlasVidGuideLoRA.execute(f"{seed}.safetensors", 1.0)[0] for seed in seeds
         ],
+        "ATLASVID_FLASHVSR": [tiny_flashvsr(seed) for seed in seeds],
         "LATENT": [{"samples": rand(1, 16, 2, 4, 4, seed=seed)} for seed in seeds],
         "IMAGE": [rand(5, 32, 32, 3, seed=seed).sigmoid() for seed in seeds],
         "CONDITIONING": [[[rand(1, 4, 8, seed=seed), {}]] for seed in seeds],
