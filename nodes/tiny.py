@@ -3,7 +3,8 @@
 from comfy_api.latest import io
 
 from ..engine.families.tiny import random_family, trained_family
-from .types import CATEGORY, GuideLoraType
+from ..engine.flashvsr.tiny import random_flashvsr, trained_flashvsr
+from .types import CATEGORY, FlashVSRType, GuideLoraType
 
 
 class AtlasVidTinyModels(io.ComfyNode):
@@ -47,10 +48,15 @@ class AtlasVidTinyModels(io.ComfyNode):
                 io.Model.Output(
                     "proxy_model", tooltip="The model with the LoRA that samples proxies."
                 ),
+                FlashVSRType.Output(
+                    "flashvsr",
+                    tooltip="A small FlashVSR for AtlasVid FlashVSR, trained on the same drawings.",
+                ),
             ],
         )
 
     @classmethod
     def execute(cls, seed, weights="trained") -> io.NodeOutput:
-        family = trained_family() if weights == "trained" else random_family(seed)
-        return io.NodeOutput(*family)
+        if weights == "trained":
+            return io.NodeOutput(*trained_family(), trained_flashvsr())
+        return io.NodeOutput(*random_family(seed), random_flashvsr(seed))
