@@ -18,9 +18,13 @@ def use_on_device(model: Any) -> torch.device:
     return model.load_device
 
 
-def load_together(models: list[Any]) -> torch.device:
-    """Load models' weights where ComfyUI computes, as far as they fit, and say where that is."""
-    comfy.model_management.load_models_gpu(models)
+def load_together(models: list[Any], working_bytes: int) -> torch.device:
+    """Load models' weights where ComfyUI computes, as far as they fit beside `working_bytes`.
+
+    Returns:
+        where that is.
+    """
+    comfy.model_management.load_models_gpu(models, memory_required=working_bytes)
     return models[0].load_device
 
 

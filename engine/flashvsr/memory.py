@@ -88,6 +88,10 @@ class Sizes:
         """Tokens and queries of the first, largest chunk."""
         return 2 * FIRST_SLOTS * self.slot
 
+    def wanted(self, tokens: int) -> int:
+        """What an up-scaling works with at full speed, block by block."""
+        return self.one_cache + self.chunk + self.head + tokens * self.per_token
+
 
 def choose_places(sizes: Sizes, free: int, host_free: int, most_tokens: int) -> Places:
     """What fits into `free` bytes of the device and `host_free` of the host.

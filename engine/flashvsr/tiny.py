@@ -17,6 +17,8 @@ VERSION = "v1.1"
 RANDOM_WIDTHS = (32, 48)
 RANDOM_DECODER = Widths(24, 16, 16, 16)
 PROMPT = "prompt"
+LOCAL_RANGE = 3
+"""Blocks around a block that the trained family has seen: clips of 2 x 2."""
 
 
 def trained_flashvsr() -> FlashVSR:
@@ -61,5 +63,3 @@ def _bundle(
         models.patcher(load_tc_decoder(decoder, torch.float32)),
         VERSION,
     )
-
-

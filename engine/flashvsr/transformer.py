@@ -169,8 +169,12 @@ class OneStep:
         rows = wan.modulation(block, self.modulation[0])
         remembered = self.memory.of(index)
         remembered += [self._projected(block, slot, rows) for slot in slots]
-        for head in range(self.heads):
-            self._attend(head, slots, remembered)
+
+        def attend(start: int, stop: int) -> None:
+            for head in range(start, stop):
+                self._attend(head, slots, remembered)
+
+        in_chunks(range(1, self.heads + 1), ChunkSize(1), attend)
         del remembered[: self.sparsity.forgotten(len(remembered))]
         for slot in slots:
             self._finish(block, slot, rows)
@@ -206,12 +210,15 @@ class OneStep:
             torch.cat([part[head].to(device) for part in parts])
             for parts in zip(*((slot.keys, slot.values) for slot in remembered), strict=True)
         )
-        means = pooled(k)
+        means, attended = pooled(k), []
         for slot in slots:
             assert slot.queries is not None
             q = slot.queries[head].to(device)
             kept = chosen(pooled(q), means, self.near, self.sparsity.budget(self.grid))
-            slot.queries[head] = self.attention(q, k, v, kept, self.chunk)
+            attended.append(self.attention(q, k, v, kept, self.chunk))
+        for slot, values in zip(slots, attended, strict=True):  # last: a head may be repeated
+            assert slot.queries is not None
+            slot.queries[head] = values
 
     def _finish(self, block: Any, slot: Slot, rows: wan.Modulation) -> None:
         """The rest of a block on one slot."""

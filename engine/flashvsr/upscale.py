@@ -81,10 +81,13 @@ def denoised(
     flashvsr: FlashVSR, job: Job, at_block: Callable[[], None] = lambda: None
 ) -> Iterator[tuple[int, Tensor]]:
     """The clean latent, normalised: number of its first frame, [1, 16, 2, h, w], float32."""
-    like = management.load_together([flashvsr.model, flashvsr.projection])
     net = flashvsr.model.model.diffusion_model
-    like = torch.empty(0, dtype=flashvsr.model.model.get_dtype_inference(), device=like)
-    places = places_for(flashvsr, job, like)
+    dtype = flashvsr.model.model.get_dtype_inference()
+    sizes = Sizes.of(job.grid, wan.shape(net), job.sparsity, dtype.itemsize)
+    wanted = min(sizes.wanted(CUDA_CHUNK), parse_budget(job.budget) or sizes.wanted(CUDA_CHUNK))
+    device = management.load_together([flashvsr.model, flashvsr.projection], wanted)
+    like = torch.empty(0, dtype=dtype, device=device)
+    places = places_for(flashvsr, job, sizes, like)
     stream = ProjectionStream(flashvsr.projection.model, flashvsr.version, PROJECTION_ROWS)
     low_quality = LowQuality(job.footage, job.upscale)
 
@@ -100,10 +103,8 @@ def denoised(
     yield from step(job.schedule.chunks(), job.noise_of, conditioning)
 
 
-def places_for(flashvsr: FlashVSR, job: Job, like: Tensor) -> Places:
+def places_for(flashvsr: FlashVSR, job: Job, sizes: Sizes, like: Tensor) -> Places:
     """Where tensors live and in which order work is done, by the budget and what is free."""
-    shape = wan.shape(flashvsr.model.model.diffusion_model)
-    sizes = Sizes.of(job.grid, shape, job.sparsity, like.element_size())
     free = int(SHARE * management.free_memory(like.device, flashvsr.model))
     budget = parse_budget(job.budget)
     host = management.host_free_memory()

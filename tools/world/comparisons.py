@@ -15,7 +15,7 @@ from . import perceptual
 from .judge import Judge, Layout, can_be_counted, coloured_mask
 from .scenes import FPS, random_scene
 from .sheets import save_sheet
-from .studio import DEFAULT, METHODS, SETTINGS, Method, Studio
+from .studio import BEST, DEFAULT, FLASHVSR, METHODS, SETTINGS, UPSCALED, Method, Studio
 
 SHEETS = 4
 """Scenes of which pictures are kept."""
@@ -91,7 +91,7 @@ SIZES = tuple((factor, stride) for factor in (2, 3, 4) for stride in (1, 4))
 
 def sizes(studio: Studio, ledger: Any, options: Any) -> None:
     """The default and the trained configuration at other sizes and strides."""
-    chosen = (METHODS[0], DEFAULT, METHODS[-1])
+    chosen = (UPSCALED, FLASHVSR, DEFAULT, BEST)
     for factor, stride in SIZES:
         plan = studio.plan(factor, stride, 2)
         judge_methods(studio, ledger, options, f"x{factor}, stride {stride}", plan, chosen)

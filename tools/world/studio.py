@@ -25,8 +25,8 @@ class Method:
     """How a target is made from a proxy.
 
     Args:
-        kind: `branch` (the detail branch), `stock` (the model alone, at the target's size) or
-            `upscale` (the proxy resampled bicubically).
+        kind: `branch` (the detail branch), `stock` (the model alone, at the target's size),
+            `upscale` (the proxy resampled bicubically) or `flashvsr`.
         window: `trained size` or `compact`.
         guide_weight: None for what `auto` gives.
         weight_factor: instead of a weight, how often all guide keys together count against all of
@@ -34,6 +34,7 @@ class Method:
         structure: strength of structure guidance; 0 leaves it out.
         lora: whether the guide LoRA is used.
         close: whether the detail's prompt speaks of a close view, as windows see it.
+        decoder: of FlashVSR.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Method:
     steps: int = STEPS
     cfg: float = CFG
     close: bool = False
+    decoder: str = "tiny conditional"
 
 
 @dataclass(frozen=True)
@@ -209,11 +211,32 @@ class Studio:
 
         if method.kind == "upscale":
             return upscaled(self.decode(proxy), plan)
+        if method.kind == "flashvsr":
+            return self.super_resolved(self.decode(proxy), plan, seed, method)
         model = self.model if method.kind == "stock" else self.branch(plan, proxy, method)
         start = upscale_proxy(proxy, plan)
         if method.close:
             prompt = prompt.replace("wide view", "close view")
         return self.decode(self.sample(model, prompt, start, method, seed))
+
+    def super_resolved(self, frames: Tensor, plan: Any, seed: int, method: Method) -> Tensor:
+        """What FlashVSR makes of a proxy's frames, which are repeated where it has fewer."""
+        from atlasvid.engine.flashvsr.selection import Sparsity
+        from atlasvid.engine.flashvsr.tiny import LOCAL_RANGE, trained_flashvsr
+        from atlasvid.engine.flashvsr.video import upscaled_video
+
+        times = (torch.arange(plan.frames) / plan.temporal_stride).round().long()
+        video, _ = upscaled_video(
+            trained_flashvsr(),
+            frames[times.clamp(max=len(frames) - 1)],
+            width=plan.width,
+            height=plan.height,
+            sparsity=Sparsity(local_range=LOCAL_RANGE),
+            seed=seed,
+            decoder=method.decoder,
+            vae=self.vae,
+        )
+        return video.get_components().images
 
 
 def upscaled(frames: Tensor, plan: Any) -> Tensor:
@@ -239,8 +262,20 @@ TRAINED = Method(
     denoise=1.0,
     lora=True,
 )
+UPSCALED = Method("proxy up-scaled", kind="upscale")
+FLASHVSR = Method("FlashVSR", kind="flashvsr")
+BEST = replace(
+    TRAINED,
+    name="guide LoRA, 0.7 and structure, close-up prompt, cfg 1",
+    denoise=0.7,
+    structure=1.0,
+    close=True,
+    cfg=1.0,
+)
 METHODS = (
-    Method("proxy up-scaled", kind="upscale"),
+    UPSCALED,
+    FLASHVSR,
+    replace(FLASHVSR, name="FlashVSR, Wan VAE", decoder="Wan VAE"),
     replace(FROM_NOISE, name="stock model at full size", kind="stock"),
     replace(FROM_NOISE, name="windows alone", guide_weight=0),
     replace(FROM_NOISE, name="guide, weight 1", guide_weight=1),
@@ -251,14 +286,7 @@ METHODS = (
     replace(DEFAULT, name="0.7 and structure, 16 x ratio (the default)"),
     replace(DEFAULT, name="the default, close-up prompt, cfg 1", close=True, cfg=1.0),
     TRAINED,
-    replace(
-        TRAINED,
-        name="guide LoRA, 0.7 and structure, close-up prompt, cfg 1",
-        denoise=0.7,
-        structure=1.0,
-        close=True,
-        cfg=1.0,
-    ),
+    BEST,
 )
 SETTINGS = (
     DEFAULT,
