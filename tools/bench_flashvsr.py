@@ -3,6 +3,8 @@
 | part | measures |
 |---|---|
 | decoder | the Tiny Conditional decoder against the exact Wan decode, its stripes, and its order |
+| transformer | frames per second and memory over size, length, order; its products' share |
+| file | from file to file: what of the process's memory cannot be given up, over length |
 """
 
 from __future__ import annotations
@@ -193,6 +195,222 @@ def order_case(case: dict[str, Any]) -> dict[str, Any]:
         return measure(rises, repeat=3)
 
 
-CASES = {"TC": tc_case, "Wan VAE": wan_case, "order": order_case}
-PARTS = {"decoder": decoder}
+# --- Transformer ----------------------------------------------------------------------------
+
+# Height, width, frames.
+CLIPS = ((256, 256, 29), (256, 256, 125), (512, 512, 29), (512, 768, 29))
+QUICK_CLIPS = ((128, 128, 21),)
+CUDA_CLIPS = ((768, 1408, 85), (2160, 3840, 85))
+CHUNKWISE, BLOCKWISE = "chunk by chunk", "block by block"
+
+
+def transformer(quick: bool) -> None:
+    """One table: the LQ projection and the transformer, both orders of work."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    clips = QUICK_CLIPS if quick else CUDA_CLIPS if cuda else CLIPS
+    shape = "1.3B" if cuda else "tiny"
+    rows = []
+    for clip in clips:
+        for order in (CHUNKWISE, BLOCKWISE):
+            case = {"what": "transformer", "shape": shape, "clip": clip, "order": order}
+            rows.append(run_case("flashvsr", case))
+    header = ["clip", "order", "time", "frames per second", "counted work"]
+    header += ["its products at this machine's rate", "peak memory grown"]
+    table = [
+        [
+            "{1} x {0} x {2}".format(*row["clip"]),
+            row["order"],
+            f"{row['seconds']:.1f} s",
+            f"{row['clip'][2] / row['seconds']:.2f}",
+            f"{row['flops'] / 1e9:,.0f} GFLOP",
+            f"{row['flops'] / row['rate'] / row['seconds']:.0%} of the time",
+            f"{row['grown_bytes'] / MIB:,.0f} MiB",
+        ]
+        for row in rows
+    ]
+    if not cuda:
+        unknown = ["not measured"] * 5
+        table += [["1408 x 768 on CUDA, 1.3B", "", *unknown], ["4K on CUDA, 1.3B", "", *unknown]]
+    text = f"Random weights of shape {shape}, published settings; the clip is in memory.\n\n"
+    name = "flashvsr_transformer_cuda" if cuda else "flashvsr_transformer_cpu"
+    save_results(name, rows, text + markdown_table(header, table))
+
+
+def transformer_case(case: dict[str, Any]) -> dict[str, Any]:
+    """The latent of a clip, slot by slot."""
+    from dataclasses import replace
+
+    import torch
+    from atlasvid.engine.flashvsr import upscale
+    from torch.utils.flop_counter import FlopCounterMode
+
+    height, width, frames = case["clip"]
+    flashvsr = random_flashvsr(case["shape"])
+    job = job_of(frames, height, width)
+    places = upscale.places_for
+    if case["order"] == BLOCKWISE:
+        upscale.places_for = lambda *given: replace(
+            places(*given), chunks=10**6, tokens_on_device=False, keys_stay=False
+        )
+
+    def latents() -> None:
+        for _ in upscale.denoised(flashvsr, job):
+            pass
+
+    result = timed(latents)
+    with (
+        torch.inference_mode(),
+        FlopCounterMode(display=False, custom_mapping=kernels_of_cpu()) as counter,
+    ):
+        latents()
+    return {**result, "flops": counter.get_total_flops(), "rate": product_rate(flashvsr)}
+
+
+def kernels_of_cpu() -> dict[Any, Any]:
+    """Counts of the CPU's own kernels, which PyTorch's counter does not know."""
+    import torch
+    from torch.utils.flop_counter import conv_flop_count, sdpa_flop_count
+
+    def attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(q, k, v)
+
+    def convolution(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+        return conv_flop_count(x, weight, out_shape)
+
+    aten = torch.ops.aten
+    return {
+        aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        aten.mkldnn_convolution: convolution,
+    }
+
+
+def product_rate(flashvsr: Any) -> float:
+    """FLOPs per second of a matrix product such as a block's feed-forward."""
+    import torch
+    from atlasvid.engine.comfyui import management
+
+    net = flashvsr.model.model.diffusion_model
+    device, dtype = management.compute_device(), flashvsr.model.model.get_dtype_inference()
+    x = torch.randn(4096, net.dim, device=device, dtype=dtype)
+    weight = torch.randn(net.ffn_dim, net.dim, device=device, dtype=dtype)
+    with torch.inference_mode():
+        result = measure(lambda: torch.nn.functional.linear(x, weight), repeat=20)
+    return 2 * 4096 * net.dim * net.ffn_dim / result["seconds"]
+
+
+def random_flashvsr(shape: str) -> Any:
+    """A FlashVSR of the widths that belong to a model shape: its weights do not matter here."""
+    import torch
+    from atlasvid.engine.comfyui import models
+    from atlasvid.engine.families.tiny import random_weights
+    from atlasvid.engine.flashvsr.bundle import FlashVSR
+    from atlasvid.engine.flashvsr.files import projection_of, projection_shapes
+    from bench_attention import SHAPES
+
+    model = SHAPES[shape].load()
+    dim = model.model.diffusion_model.dim
+    widths = (2048, 3072, dim) if shape == "1.3B" else (32, 48, dim)
+    state = {n: torch.randn(s) * 0.02 for n, s in projection_shapes(*widths).items()}
+    decoder = random_tc_decoder("float32") if shape == "1.3B" else small_decoder(random_weights)
+    return FlashVSR(
+        model,
+        models.patcher(projection_of(state)),
+        torch.randn(1, 512 if shape == "1.3B" else 16, 4096),
+        models.patcher(decoder),
+        "v1.1",
+    )
+
+
+def small_decoder(random_weights: Any) -> Any:
+    import torch
+    from atlasvid.engine.flashvsr.tc_decoder import TCDecoder, Widths, load_tc_decoder
+
+    return load_tc_decoder(random_weights(TCDecoder(Widths(24, 16, 12, 12)), 0), torch.float32)
+
+
+def job_of(frames: int, height: int, width: int) -> Any:
+    """A clip of a quarter of the size, up-scaled as published."""
+    from atlasvid.engine.flashvsr.selection import PUBLISHED
+    from atlasvid.engine.flashvsr.source import Upscale
+    from atlasvid.engine.flashvsr.upscale import Job
+
+    clip = footage(((frames + 3) // 4, height // 8, width // 8))
+    return Job(clip, Upscale.to(clip.size, (height, width)), PUBLISHED)
+
+
+# --- From file to file ----------------------------------------------------------------------
+
+LENGTHS = (33, 161, 1000)
+QUICK_LENGTHS = (9, 33)
+SMALL = 64
+"""Side of the clips, which become four times as large."""
+
+
+def file(quick: bool) -> None:
+    """One table: memory over the length of a video that is read from a file and saved to one."""
+    lengths = QUICK_LENGTHS if quick else LENGTHS
+    rows = [run_case("flashvsr", {"what": "file", "frames": n}) for n in lengths]
+    header = ["frames", "time", "memory that cannot be given up", "grown"]
+    table = [
+        [
+            f"{row['frames']:,}",
+            f"{row['seconds']:.1f} s",
+            f"{row['anonymous_bytes'] / MIB:,.0f} MiB",
+            f"{row['anonymous_grown'] / MIB:,.0f} MiB",
+        ]
+        for row in rows
+    ]
+    side = 4 * SMALL
+    text = f"mp4 of {SMALL} x {SMALL} to mp4 of {side} x {side}, random weights.\n\n"
+    save_results("flashvsr_file_cpu", rows, text + markdown_table(header, table))
+
+
+def file_case(case: dict[str, Any]) -> dict[str, Any]:
+    """A video file through FlashVSR into another, with the peak of anonymous memory."""
+    from fractions import Fraction
+
+    import torch
+    from atlasvid.engine.comfyui import media
+    from atlasvid.engine.flashvsr.video import upscaled_video
+    from measure import anonymous_peak
+
+    flashvsr = random_flashvsr("tiny")
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [str(Path(folder) / name) for name in ("in.mp4", "out.mp4")]
+        frame = torch.rand(SMALL, SMALL, 3)
+        shown = (frame.roll(n, 0) for n in range(case["frames"]))
+        clip = media.video_components(Frames(shown, case["frames"]), Fraction(16), None)
+        media.encode_video(clip, paths[0], 8)
+
+        def upscale(path: str) -> None:
+            with torch.inference_mode():
+                video, _ = upscaled_video(flashvsr, media.VideoFromFile(path))
+                video.save_to(paths[1])
+
+        return anonymous_peak(lambda: upscale(paths[0]))
+
+
+class Frames:
+    """Images that an encoder walks through once."""
+
+    def __init__(self, images: Any, count: int) -> None:
+        self.images, self.shape = images, (count, SMALL, SMALL, 3)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Any:
+        return self.images
+
+
+CASES = {
+    "TC": tc_case,
+    "Wan VAE": wan_case,
+    "order": order_case,
+    "transformer": transformer_case,
+    "file": file_case,
+}
+PARTS = {"decoder": decoder, "transformer": transformer, "file": file}
 """A further part is a function of `quick` that prints and saves a table of its own."""

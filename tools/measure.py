@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from datetime import date
@@ -54,6 +55,31 @@ def measure(call: Callable[[], Any], repeat: int = 1) -> dict[str, float]:
         "peak_bytes": peak,
         "host_bytes": resident_bytes("VmHWM"),
     }
+
+
+def anonymous_peak(call: Callable[[], Any]) -> dict[str, float]:
+    """Seconds of a call, and the peak of the process's anonymous memory while it runs.
+
+    What is mapped from files can be given up at any time and does not count. Linux only.
+    """
+    before = peak = resident_bytes("RssAnon")
+    stopped = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not stopped.wait(0.02):
+            peak = max(peak, resident_bytes("RssAnon"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
+    try:
+        call()
+    finally:
+        seconds = time.perf_counter() - start
+        stopped.set()
+        watcher.join()
+    return {"seconds": seconds, "anonymous_bytes": peak, "anonymous_grown": peak - before}
 
 
 def run_case(subcommand: str, case: dict[str, Any]) -> dict[str, Any]:
