@@ -4,8 +4,9 @@
         --text-encoder umt5_xxl_fp8_e4m3fn_scaled.safetensors --vae wan_2.1_vae.safetensors
 
 Stage guide makes a LoRA for AtlasVid Guide LoRA, stage proxy an ordinary one for the model that
-samples the proxy. Run again to go on from where a run was stopped. --tiny tries it on small random
-models. The first run fetches a ComfyUI and an environment where there is none of yours.
+samples the proxy, stage tc-decoder FlashVSR's small decoder, of any width, from the Wan 2.1 VAE and
+clips without captions. Run again to go on from where a run was stopped. --tiny tries it on small
+random models. The first run fetches a ComfyUI and an environment where there is none of yours.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from comfy_server import has_accelerator
 from demo import own_comfyui, own_python
 from environment import COMFYUI, SetupError, cache_folder, prepare, say, stop_on_errors
 
+DECODER = "tc-decoder"
 TINY = "tiny"
 """In place of a text encoder's file: the tiny world's."""
 WORKER = Path(__file__).with_name("train_worker.py")
@@ -30,9 +32,9 @@ def arguments() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("stage", choices=("guide", "proxy"), help="what the LoRA is for")
+    add("stage", choices=("guide", "proxy", DECODER), help="what is trained")
     add("--clips", type=Path, required=True, metavar="FOLDER", help="clips and captions")
-    add("--name", help="of the LoRA and the run (default: atlasvid_<stage>)")
+    add("--name", help="of the file and the run (default: atlasvid_<stage>)")
 
     models = parser.add_argument_group("models (safetensors files)")
     models.add_argument("--model", type=Path, metavar="FILE", help="a Wan text-to-video model")
@@ -59,7 +61,7 @@ def arguments() -> argparse.ArgumentParser:
         ("alpha", float, 16.0, "its scale is alpha / rank"),
         ("targets", str, "attention and feed-forward", "layers: this, attention, self-attention"),
         ("optimizer", str, "AdamW", "AdamW or Prodigy"),
-        ("learning-rate", float, 0.0, "0: 0.0001 for AdamW, 1 for Prodigy"),
+        ("learning-rate", float, 0.0, "0: 1e-4 for AdamW, 1 for Prodigy, 2e-4 for tc-decoder"),
         ("shift", float, 5.0, "of the noise levels"),
         ("sigma-min", float, 0.0, "lowest noise level"),
         ("sigma-max", float, 1.0, "highest noise level"),
@@ -80,6 +82,15 @@ def arguments() -> argparse.ArgumentParser:
     )
     run.add_argument("--restart", action="store_true", help="forget a stopped run of this name")
 
+    decoder = parser.add_argument_group("stage tc-decoder")
+    for name, kind, default, text in (
+        ("widths", str, "512,256,128,128", "channels, from the coarsest level on"),
+        ("frames", int, 21, "of a cut, 1 more than a multiple of 4"),
+        ("side", int, 256, "of the square part of a cut that a step learns from, in pixels"),
+        ("scale", int, 4, "times that the low-quality frames are smaller"),
+    ):
+        decoder.add_argument(f"--{name}", type=kind, default=default, help=f"{text} ({default})")
+
     place = parser.add_argument_group("machine and folders")
     place.add_argument("--cards", type=int, default=1, help="processes, one per card (1)")
     place.add_argument("--cpu", action="store_true", help="even where there is a card")
@@ -87,7 +98,7 @@ def arguments() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         metavar="FOLDER",
-        help="where the LoRA goes (your ComfyUI's loras folder, else as --work)",
+        help="where the result goes (your ComfyUI's folder for it, else as --work)",
     )
     place.add_argument(
         "--work",
@@ -109,6 +120,8 @@ def require_models(options: argparse.Namespace) -> None:
         "--text-encoder": options.text_encoder,
         "--vae": options.vae,
     }
+    if options.stage == DECODER:
+        files = {"--vae": options.vae}
     for flag, file in files.items():
         if flag == "--text-encoder" and str(file) == TINY:
             continue
@@ -122,7 +135,8 @@ def train() -> int:
     options = arguments().parse_args()
     require_models(options)
     comfyui = own_comfyui(options.comfyui)
-    loras = comfyui / "models" / "loras" if comfyui else cache_folder() / "training"
+    kind = "FlashVSR" if options.stage == DECODER else "loras"
+    results = comfyui / "models" / kind if comfyui else cache_folder() / "training"
     if comfyui:
         python = own_python(comfyui, options.python)
     else:
@@ -132,7 +146,7 @@ def train() -> int:
     command = [str(python), *launcher(options.cards), str(WORKER), *sys.argv[1:]]
     if cpu and not options.cpu:
         command.append("--cpu")
-    command += ["--output", str((options.output or loras).expanduser().resolve())]
+    command += ["--output", str((options.output or results).expanduser().resolve())]
     work = options.work or cache_folder() / "training"
     command += ["--work", str(work.expanduser().resolve())]
     environment = {**os.environ, "COMFYUI_PATH": str(comfyui)}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pack_loader import load_comfyui, load_pack
-from train import TINY, arguments
+from train import DECODER, TINY, arguments
 
 SHOWN = 10
 """Steps between two lines."""
@@ -28,7 +28,10 @@ def main() -> int:
     first = accelerator is None or accelerator.is_main_process
     show_log(first)
     try:
-        run(options, accelerator, first)
+        if options.stage == DECODER:
+            train_decoder(options)
+        else:
+            run(options, accelerator, first)
     except (ValueError, RuntimeError, FileNotFoundError) as error:
         print(f"[atlasvid] stopped: {error}", file=sys.stderr, flush=True)
         return 1
@@ -107,11 +110,6 @@ def run(options: Any, accelerator: Any, first: bool) -> None:
     def on_clip(done: int, total: int, name: str) -> None:
         say(f"clip {done}/{total} {name}")
 
-    def on_step(step: int, losses: list[float]) -> None:
-        if step % SHOWN == 0 or step == options.steps:
-            recent = losses[-SHOWN:]
-            say(f"step {step}/{options.steps}, loss {sum(recent) / len(recent):.4f}")
-
     say(plan.describe())
     result, _ = train(
         Job(options.output, options.work, options.name or f"atlasvid_{options.stage}"),
@@ -125,11 +123,71 @@ def run(options: Any, accelerator: Any, first: bool) -> None:
         cuts_per_clip=options.cuts_per_clip,
         cards=Cards(accelerator),
         on_clip=on_clip,
-        on_step=on_step,
+        on_step=shown_steps(options.steps) if first else lambda step, losses: None,
     )
     if result.resumed_at:
         say(f"resumed after step {result.resumed_at}")
     say(f"finished: {result.path}, curve {result.curve}")
+
+
+def train_decoder(options: Any) -> None:
+    """Encode and train FlashVSR's small decoder, on one card."""
+    from atlasvid.engine.comfyui import media
+    from atlasvid.engine.families.tiny import vae_state
+    from atlasvid.engine.flashvsr.tc_decoder import Widths
+    from atlasvid.engine.training.degradation import Degradation
+    from atlasvid.engine.training.job import Job
+    from atlasvid.engine.training.tc_decoder import (
+        DecoderSettings,
+        DecoderTrainer,
+        clips_without_captions,
+        encode_clips,
+    )
+    from safetensors.torch import load_file
+
+    if options.cards > 1:
+        raise ValueError("Stage tc-decoder trains on one card: leave --cards out.")
+    rate = {"learning_rate": options.learning_rate} if options.learning_rate else {}
+    settings = DecoderSettings(
+        options.steps,
+        Widths.named(options.widths),
+        width=options.width,
+        height=options.height,
+        frames=options.frames,
+        fps=options.fps,
+        side=options.side,
+        degradation=Degradation(options.scale),
+        precision=options.precision,
+        seed=options.seed,
+        save_every=options.save_every,
+        **rate,
+    )
+    job = Job(options.output, options.work, options.name or "atlasvid_tc_decoder")
+    job.require_own_name()
+    if not options.tiny:
+        require_whole(options.vae)
+    vae = media.load_vae(vae_state() if options.tiny else load_file(options.vae))
+    clips = clips_without_captions(options.clips.expanduser())
+    print(f"[atlasvid] encoding {len(clips)} clips", flush=True)
+    samples = encode_clips(clips, vae, job.cache_folder, settings, options.cuts_per_clip)
+    trainer = DecoderTrainer(settings, job.path, job.run_folder)
+    resumed_at = trainer.run(samples, not options.restart, shown_steps(options.steps))
+    if resumed_at:
+        print(f"[atlasvid] resumed after step {resumed_at}", flush=True)
+    print(f"[atlasvid] finished: {job.path}", flush=True)
+
+
+def shown_steps(steps: int) -> Any:
+    """Prints a line now and then."""
+
+    def on_step(step: int, losses: list[float]) -> None:
+        if step % SHOWN == 0 or step == steps:
+            recent = losses[-SHOWN:]
+            print(
+                f"[atlasvid] step {step}/{steps}, loss {sum(recent) / len(recent):.4f}", flush=True
+            )
+
+    return on_step
 
 
 def load_models(options: Any) -> tuple[Any, Any, Any]:

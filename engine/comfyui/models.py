@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import comfy.latent_formats
 import comfy.ldm.common_dit
 import comfy.ldm.modules.attention
 import comfy.ldm.wan.model
@@ -238,6 +239,11 @@ def linear_input_gradient(linear: Any, gradient: Tensor) -> Tensor:
 def encode_text(clip: Any, text: str) -> Tensor:
     """A prompt as Wan's cross-attention reads it: [1, L, C], float32 on the CPU."""
     return clip.encode_from_tokens_scheduled(clip.tokenize(text))[0][0].float().cpu()
+
+
+def wan_latent_in(latent: Tensor) -> Tensor:
+    """A ComfyUI latent of the Wan 2.1 VAE in the normalised space that its models work in."""
+    return comfy.latent_formats.Wan21().process_in(latent)
 
 
 def load_wan_files(model: Any, vae: Any) -> tuple[Any, Any]:

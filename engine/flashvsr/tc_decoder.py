@@ -105,6 +105,18 @@ class Widths:
         """Read off the shapes of a file's weights."""
         return cls(*(state[f"decoder.{n}.weight"].shape[0] for n in (ENTRY[0], *UPS)))
 
+    @classmethod
+    def named(cls, text: str) -> Widths:
+        """Of a text such as "512,256,128,128".
+
+        Raises:
+            ValueError: it is no four numbers above 0.
+        """
+        numbers = [int(part) for part in text.split(",") if part.strip().isdecimal()]
+        if len(numbers) != 4 or min(numbers) < 1:
+            raise ValueError(f"widths is {text!r}; write four numbers, such as 512,256,128,128.")
+        return cls(*numbers)
+
     @property
     def levels(self) -> tuple[int, int, int]:
         """Of the levels that have blocks."""

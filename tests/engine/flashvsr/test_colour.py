@@ -22,6 +22,12 @@ def test_equals_the_definition(name, size):
     assert result.abs().max() <= 1
 
 
+def test_a_nearly_flat_frame_is_lifted_by_its_biased_variance():
+    given, wanted = frames(1, 3, 1, 9, seed=1) * 0.01, frames(1, 3, 1, 9, seed=2)
+    result = METHODS["adain"](given, wanted)
+    assert (result - reference.adain(given, wanted)).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_frames_do_not_depend_on_each_other(name):
     given, wanted = frames(4, 3, 20, 30, seed=1), frames(4, 3, 20, 30, seed=2)

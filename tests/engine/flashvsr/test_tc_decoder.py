@@ -129,6 +129,13 @@ def test_published_names_and_shapes():
     assert abs(189_018_333 - size - 7.7e6) < 1e5
 
 
+def test_widths_can_be_named():
+    assert Widths.named("512, 256,128,64") == Widths(512, 256, 128, 64)
+    for text in ("512,256", "512,256,128,0", "512,256,128,x", ""):
+        with pytest.raises(ValueError, match="write four numbers, such as 512,256,128,128"):
+            Widths.named(text)
+
+
 def test_files_of_something_else_are_refused(weights):
     with pytest.raises(ValueError, match=r"no Tiny Conditional decoder: 4 of its weights"):
         load_tc_decoder({"encoder.1.weight": torch.zeros(1)}, torch.float32)
