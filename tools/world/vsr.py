@@ -17,7 +17,7 @@ SIDE, FRAMES = 256, 33
 """Of a training clip, 2 x 2 blocks: 33 frames are read for 8 latent frames, 29 frames."""
 LATENT_FRAMES = (FRAMES - 1) // 4
 CONFIG = {"dim": 128, "ffn_dim": 256, "num_heads": 1, "num_layers": 3, "text_dim": 4096}
-PROJECTION = (32, 48, 128)
+PROJECTION = (64, 96, 128)
 SCALE = 4
 
 
