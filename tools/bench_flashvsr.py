@@ -120,7 +120,7 @@ def tc_case(case: dict[str, Any]) -> dict[str, Any]:
 
     size = tuple(case["size"])
     if case["stripe"] == "whole":
-        tc_decoder.CPU_STRIPE = tc_decoder.AUTO_STRIPE = 2**50
+        tc_decoder.AUTO_STRIPE = 2**50
     clip = tc_decoder.ConditionedClip(
         models.patcher(random_tc_decoder(case["dtype"])),
         random_latent(size),

@@ -54,9 +54,7 @@ BLOCK_LIVE, CONV_LIVE = 5, 1.5
 WAN_RATE = Fraction(16)
 MEMORY_SHARE = 0.7
 AUTO_STRIPE = 2**30
-"""More than this makes a stripe no faster on a card; the rest is left to others."""
-CPU_STRIPE = 2**26
-"""On a CPU, smaller stripes stay nearer to the caches."""
+"""Bytes: of 4K frames 90 rows in float32, of whose work the halos are 7 %. The rest is left."""
 
 
 class MemBlock(nn.Module):
@@ -281,7 +279,8 @@ class TCRun:
         out = self._empty(x, GROWTH[level], channels, scale=2)
         compute = decoder.finish if last else partial(decoder.rise, level)
         live = CONV_LIVE * (x.shape[1] + max(finer, x.shape[1]))
-        self._striped(compute, (x,), out, halo=TAIL_HALO if last else 1, live=live)
+        for frame, into in zip(x.split(1), out.split(GROWTH[level]), strict=True):
+            self._striped(compute, (frame,), into, halo=TAIL_HALO if last else 1, live=live)
         return out
 
     def _remember(self, number: int, x: Tensor) -> Tensor:
@@ -338,8 +337,7 @@ def load(patcher: Any, budget: str = AUTO) -> TCRun:
     """
     device = management.use_on_device(patcher)
     free = int(MEMORY_SHARE * management.free_memory(device, patcher))
-    auto = CPU_STRIPE if device.type == "cpu" else AUTO_STRIPE
-    limit = min(parse_budget(budget) or auto, free)
+    limit = min(parse_budget(budget) or AUTO_STRIPE, free)
     return TCRun(patcher.model, device, ChunkSize(max(1, limit)))
 
 
