@@ -12,6 +12,7 @@ from .detail import (
 from .encode import AtlasVidEncode, AtlasVidImageToVideo
 from .lora import AtlasVidGuideLoRA
 from .plan import AtlasVidPlan
+from .resume import AtlasVidResume
 from .rope import AtlasVidRoPE
 from .tiny import AtlasVidTinyModels
 from .train import AtlasVidTrainLoRA
@@ -23,6 +24,7 @@ NODES: list[type[io.ComfyNode]] = [
     AtlasVidHierarchicalAttention,
     AtlasVidStructureGuidance,
     AtlasVidGuideLoRA,
+    AtlasVidResume,
     AtlasVidTrainLoRA,
     AtlasVidTinyModels,
     AtlasVidDecode,

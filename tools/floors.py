@@ -22,6 +22,7 @@ from environment import ROOT, stop_on_errors
 PICTURE = ROOT / "docs" / "floors.png"
 HOLDS = {
     "nodes": "schemas and executes",
+    "resume": "kept renders, what tells them apart",
     "estimate": "cost, calibration, overview",
     "training": "trainer, dataset, adapters",
     "vae": "exact decode and encode",

@@ -13,12 +13,12 @@ import folder_paths
 from comfy_execution.utils import get_executing_context
 
 
-def show_progress(text: str) -> None:
-    """Show a line in the node that is being executed; nothing outside of a server."""
+def show_progress(text: str, node_id: str | None = None) -> None:
+    """Show a line in a node, the one that is being executed; nothing outside of a server."""
     context = get_executing_context()
     server = sys.modules.get("server")  # only a running ComfyUI has it; importing it starts much
     if context is not None and server is not None:
-        server.PromptServer.instance.send_progress_text(text, context.node_id)
+        server.PromptServer.instance.send_progress_text(text, node_id or context.node_id)
 
 
 def progress_bar(total: int) -> Callable[[int], None]:
@@ -96,3 +96,26 @@ def preview_bar(total: int, size: int) -> Callable[[int, Any], None]:
         bar.update_absolute(done, total, picture and ("PNG", picture, size))
 
     return show
+
+
+# --- Prompts ---------------------------------------------------------------------------------
+
+
+def executing() -> tuple[str, str] | None:
+    """Prompt and node that are being executed; None outside of a server."""
+    context = get_executing_context()
+    return None if context is None else (context.prompt_id, context.node_id)
+
+
+def prompt_ended(prompt_id: str) -> str | None:
+    """How a prompt ended, `success` or `error` (or cancelled); None while it runs."""
+    server = sys.modules.get("server")
+    if server is None:
+        return "error"
+    queue = server.PromptServer.instance.prompt_queue
+    running, _ = queue.get_current_queue_volatile()
+    if any(item[1] == prompt_id for item in running):
+        return None
+    ended = queue.get_history(prompt_id, map_function=lambda record: record.get("status"))
+    status = ended.get(prompt_id) or {}
+    return "success" if status.get("status_str") == "success" else "error"
