@@ -6,6 +6,7 @@ import { api } from "../../scripts/api.js";
 const RESUME = "AtlasVidResume";
 const HEIGHT = 130;
 const GB = 1e9;
+const SETTLED_MS = 1500;
 
 const STYLE = `
 .atlasvid-renders { font: 12px/1.4 sans-serif; color: var(--input-text, #ddd); overflow: auto;
@@ -110,9 +111,10 @@ app.registerExtension({
     const refresh = () => {
       for (const view of views) view.ask();
     };
-    // A cancelled prompt is a pause: what it left shows at once.
-    for (const event of ["execution_start", "execution_success", "execution_error", "execution_interrupted"])
-      api.addEventListener(event, refresh);
+    // A cancelled prompt is a pause: what it left shows. The server settles it within a second.
+    for (const event of ["execution_success", "execution_error", "execution_interrupted"])
+      api.addEventListener(event, () => setTimeout(refresh, SETTLED_MS));
+    api.addEventListener("executing", refresh);
   },
   nodeCreated(node) {
     if (node.comfyClass === RESUME) addRenderList(node);

@@ -92,6 +92,8 @@ def tensor_digest(tensor: Tensor) -> bytes:
         raise Unstable(f"a tensor without bytes of its own ({plain.device}, {plain.layout})")
     made.update(f"{plain.dtype} {tuple(plain.shape)}".encode())
     flat = plain.resolve_conj().resolve_neg().contiguous().reshape(-1)
+    if flat.stride() != (1,):  # of one number that was expanded
+        flat = flat.clone(memory_format=torch.contiguous_format)
     step = max(1, SLICE // max(1, flat.element_size()))
     for start in range(0, flat.numel(), step):
         part = flat[start : start + step].view(torch.uint8)

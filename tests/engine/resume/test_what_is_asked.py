@@ -295,6 +295,8 @@ def test_tensors_are_told_by_their_values_not_by_how_they_lie(dtype):
     assert turned.stride() != x.stride()
     assert identity.tensor_digest(x) == identity.tensor_digest(turned)
     assert identity.tensor_digest(x[:, ::2]) == identity.tensor_digest(x[:, ::2].clone())
+    for one in (x[0, 0].expand(1), x[0, 0].expand(3)):
+        assert identity.tensor_digest(one) == identity.tensor_digest(one.clone())
 
 
 def test_slices_do_not_matter(monkeypatch):
