@@ -6,7 +6,8 @@ import { api } from "../../scripts/api.js";
 const RESUME = "AtlasVidResume";
 const HEIGHT = 130;
 const GB = 1e9;
-const SETTLED_MS = 1500;
+const REFRESH_MS = 200;
+const SETTLED_MS = 1500; // after a prompt the server settles what becomes of its renders
 
 const STYLE = `
 .atlasvid-renders { font: 12px/1.4 sans-serif; color: var(--input-text, #ddd); overflow: auto;
@@ -42,6 +43,26 @@ function size(bytes) {
   return bytes < 0.1 * GB ? `${Math.ceil(bytes / 1e6)} MB` : `${(bytes / GB).toFixed(1)} GB`;
 }
 
+/** Asks the server, with another method to change something first, and shows its answer everywhere. */
+async function ask(path = "", method = "GET") {
+  if (!views.size) return;
+  let answer;
+  try {
+    answer = await (await api.fetchApi(`/atlasvid/renders${path}`, { method })).json();
+  } catch {
+    answer = { error: "The server did not answer.", renders: [] };
+  }
+  for (const view of views) view.show(answer);
+}
+
+let timer = 0;
+
+/** Asks once, a moment after the last call. */
+function refresh(delay = REFRESH_MS) {
+  clearTimeout(timer);
+  timer = setTimeout(ask, delay);
+}
+
 /** The list of kept renders on one node. */
 class RenderList {
   constructor(node) {
@@ -57,17 +78,6 @@ class RenderList {
     this.widget.serialize = false; // neither in the workflow file nor in the prompt
   }
 
-  /** Asks the server, with another method to change something first, and draws its answer. */
-  async ask(path = "", method = "GET") {
-    let answer;
-    try {
-      answer = await (await api.fetchApi(`/atlasvid/renders${path}`, { method })).json();
-    } catch {
-      answer = { error: "The server did not answer.", renders: [] };
-    }
-    if (this.node.graph) this.show(answer);
-  }
-
   show({ error, renders }) {
     const parts = renders.length
       ? [element("table", "", ...renders.map((render) => this.row(render)))]
@@ -80,10 +90,7 @@ class RenderList {
     const button = element("button", "", "delete");
     button.disabled = render.in_use;
     button.title = render.in_use ? "This render is being made." : "Delete the kept steps of this render.";
-    button.onclick = async () => {
-      await this.ask(`/${render.id}`, "DELETE");
-      for (const view of views) if (view !== this) view.ask();
-    };
+    button.onclick = () => ask(`/${render.id}`, "DELETE");
     const done = render.finished ? "finished" : `step ${render.step} of ${render.steps}`;
     const cells = [render.name, done, size(render.bytes), age(render.age), button];
     return element("tr", "", ...cells.map((cell) => element("td", "", cell)));
@@ -101,20 +108,16 @@ function addRenderList(node) {
   };
   const [width, height] = node.computeSize();
   node.setSize([Math.max(width, 340), Math.max(height, node.size[1])]);
-  setTimeout(() => view.ask()); // once the node is in its graph
+  refresh();
 }
 
 app.registerExtension({
   name: "AtlasVid.Renders",
   setup() {
     document.head.append(element("style", "", STYLE));
-    const refresh = () => {
-      for (const view of views) view.ask();
-    };
-    // A cancelled prompt is a pause: what it left shows. The server settles it within a second.
-    for (const event of ["execution_success", "execution_error", "execution_interrupted"])
-      api.addEventListener(event, () => setTimeout(refresh, SETTLED_MS));
-    api.addEventListener("executing", refresh);
+    api.addEventListener("executing", () => refresh());
+    for (const end of ["execution_success", "execution_error", "execution_interrupted"])
+      api.addEventListener(end, () => refresh(SETTLED_MS));
   },
   nodeCreated(node) {
     if (node.comfyClass === RESUME) addRenderList(node);
