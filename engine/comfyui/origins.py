@@ -72,7 +72,7 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "device": comfy.model_management.get_torch_device_name(device),
         "attention": models.started_attention(),
-        "flags": {name: str(getattr(args, name, None)) for name in FLAGS},
+        "flags": {name: getattr(args, name, None) for name in FLAGS},
         "matmul": torch.get_float32_matmul_precision(),
     }
 

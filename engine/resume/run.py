@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -176,7 +176,8 @@ class ResumeRun:
         self.latent = latent
         self.steps = max(0, len(schedule) - 1)
         self.off: str | None = None
-        """Why nothing is kept any more."""
+        """Why nothing more is kept."""
+        self._unseen = False
         self.render: Render | None = None
         self._fixed: bytes | None = None
         self._tensors = TensorDigests()
@@ -188,7 +189,7 @@ class ResumeRun:
 
     # --- What is asked ---
 
-    def answer(self, asked: Question, model: Any) -> Tensor:
+    def answer(self, asked: Question, model: Callable[[], Tensor]) -> Tensor:
         """The kept answer, or the model's, which is then kept."""
         management.raise_if_cancelled()
         key = self._key(asked)
@@ -203,24 +204,25 @@ class ResumeRun:
         self._say_where(step, asked)
         begun = time.monotonic()
         result = model()
-        copy = result.detach().to("cpu", copy=True)  # on a card this also waits for the result
         if self.off is None:
+            copy = result.detach().to("cpu", copy=True)  # on a card this waits for the result
             answer = Answer(copy, time.monotonic() - begun)
             self._writer.put(lambda: self._keep(key, step, answer))
         return result
 
     def _key(self, asked: Question) -> str | None:
         """What is asked, as a hash; None where it cannot be told."""
-        if self.off is not None and self.render is None:
+        if self._unseen:
             return None
         try:
             named = self._identity(asked)
         except Unstable as found:
+            self._unseen = True
             self._stop(
                 f"keeps nothing: {found} may change an answer in a way that cannot be seen. "
                 "Remove that, or this node."
             )
-            self.render = None
+            self._show(self.off)
             return None
         if self.render is None:
             self._open(named.hex())
@@ -333,6 +335,8 @@ class ResumeRun:
         """Write what waits, let go of everything."""
         self._writer.close()
         if self.render is not None:
+            if not self.render.answers:
+                self.render.delete()
             IN_USE.release(self.render.id, self)
         self._tensors = TensorDigests()
 

@@ -301,6 +301,8 @@ def test_plan_follows_the_window_and_the_steps(desk: Desk) -> None:
         }"""
     )
     desk.page.locator(".atlasvid-plan").get_by_text("1,024 + 75 of the guide").wait_for()
+    listed = desk.page.locator(".atlasvid-plan table")
+    listed.get_by_text("6.5 GiB of it for kept steps").wait_for()
 
 
 def test_plan_is_red_when_it_will_not_fit(desk: Desk) -> None:

@@ -6,13 +6,16 @@ import time
 
 import pytest
 import torch
+from atlasvid.engine.estimate import cost
+from atlasvid.engine.geometry.grid import Grid
 from atlasvid.engine.resume import run, store
+from atlasvid.engine.resume.needs import disk_needs
 from atlasvid.engine.resume.run import apply_resume
 from atlasvid.engine.resume.store import Answer, Facts, Render
 from atlasvid.engine.vae import scratch
 from safetensors.torch import load_file
-from sampling import SHAPE, calls, sample
-from wan import rand
+from sampling import SHAPE, Stopped, calls, sample
+from wan import plan_of, rand
 
 IDS = [f"{i:032x}" for i in range(6)]
 KEYS = [f"{i:032x}" for i in range(100, 106)]
@@ -153,6 +156,22 @@ def test_when_done_deletes_or_marks_as_finished(wan, output):
     assert not listed["in_use"]
 
 
+def test_disk_needs_are_those_of_the_plan_and_of_what_is_kept(wan, output):
+    plan = plan_of((3, 8, 8), (2, 4, 4), stride=2)
+    settings = cost.Settings(Grid(2, 2, 2), kept_proxy_steps=3, kept_detail_steps=4)
+    sample(apply_resume(wan), steps=3, latent=torch.zeros(1, 16, *plan.proxy_latent))
+    sample(apply_resume(wan), steps=4, latent=torch.zeros(1, 16, *plan.latent))
+    kept = [load_file(file)["answer"].nbytes for file in output.rglob("0*.safetensors")]
+    assert sum(kept) == cost.answers_disk(plan, settings)
+    both = Render(store.renders()[0].folder).bytes + Render(store.renders()[1].folder).bytes
+    assert sum(kept) < both < 2 * sum(kept)
+    planned = cost.memory(cost.TINY, plan, settings, cost.Machine(2**40, 2**40, 2**40)).disk
+    needs = disk_needs(wan, (1, 16, *plan.latent), 4, 4 * 16 * plan.latent.count)
+    proxy = 3 * 4 * 16 * plan.proxy_latent.count
+    assert needs.answers + needs.video + proxy == planned
+    assert disk_needs(wan, (1, 4, 8, 8), 1, 1).video == 0, "of an image nothing is known"
+
+
 def test_what_a_killed_process_left_half_written_goes(output):
     made = render(0)
     torn = made.folder / f".{scratch.PREFIX}999999999-1-abcdef.safetensors"
@@ -190,6 +209,13 @@ def test_files_of_another_kind_are_left_alone():
     (made.folder / "notes.txt").write_text("mine")
     store.delete(IDS[0])
     assert [file.name for file in made.folder.iterdir()] == ["notes.txt"]
+
+
+def test_a_stop_before_the_first_step_leaves_nothing(wan):
+    with calls(stop_before=0), pytest.raises(Stopped):
+        sample(apply_resume(wan))
+    assert store.renders() == []
+    assert not list(store.folder().iterdir())
 
 
 @pytest.mark.parametrize(

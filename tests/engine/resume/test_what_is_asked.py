@@ -9,7 +9,7 @@ import comfy_extras.nodes_easycache
 import pytest
 import torch
 from atlasvid.engine.branch.apply import apply_detail_branch
-from atlasvid.engine.comfyui import models
+from atlasvid.engine.comfyui import models, origins
 from atlasvid.engine.families import tiny
 from atlasvid.engine.geometry.grid import Grid
 from atlasvid.engine.lora.files import LoraFile, LowRank
@@ -18,6 +18,7 @@ from atlasvid.engine.proxy.frequencies import apply_rope_method
 from atlasvid.engine.proxy.structure import apply_structure_guidance
 from atlasvid.engine.resume import identity, store
 from atlasvid.engine.resume.run import apply_resume
+from comfy_api.torch_helpers.torch_compile import set_torch_compile_wrapper
 from sampling import SHAPE, calls, conditioning, sample
 from wan import plan_of, rand, small_wan
 
@@ -147,6 +148,15 @@ def test_the_same_is_answered_after_a_restart(kept):
     assert new_forwards(graph(budget="2 GB")) == 0, "a budget only says in which pieces"
 
 
+def test_a_lora_that_lies_on_the_weights_already_does_not_matter():
+    """ComfyUI adds LoRAs to the weights in place, and takes them off for the next model."""
+    base = models.load_diffusion_model(tiny.wan_state(0, **SIZES))
+    used = [models.with_lora(base, lora(1), strength) for strength in (0.5, 0.6)]
+    made = [new_forwards(used[i]) for i in (0, 0, 1, 0, 1)]
+    assert made == [2, 0, 2, 0, 0]
+    assert [new_forwards(base), new_forwards(base), new_forwards(used[1])] == [2, 0, 0]
+
+
 @pytest.mark.parametrize("name", GRAPHS)
 def test_a_changed_graph_is_not_answered(kept, name):
     assert new_forwards(graph(**GRAPHS[name])) == 2
@@ -262,6 +272,17 @@ def test_stateless_nodes_of_comfyui_are_seen_through(wan):
         return bool(made)
 
     assert [forwards(0.7), forwards(0.7), forwards(0.6)] == [True, False, True]
+
+
+def test_a_compiled_model_is_told_by_how_it_is_compiled(wan):
+    def options(fullgraph):
+        model = wan.clone()
+        set_torch_compile_wrapper(model, "eager", fullgraph=fullgraph, keys=["diffusion_model"])
+        given = {**model.model_options, "transformer_options": {"wrappers": model.wrappers}}
+        return identity.digest(origins.options(given, own=()))
+
+    assert options(False) == options(False)
+    assert options(False) != options(True)
 
 
 # --- The hash itself ------------------------------------------------------------------------
