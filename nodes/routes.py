@@ -7,6 +7,7 @@ from server import PromptServer
 
 from ..engine.estimate.overview import calibrate, overview
 from ..engine.resume import store
+from ..engine.resume.ending import listing
 
 _measuring: set[asyncio.Task] = set()
 
@@ -40,7 +41,7 @@ async def plan_route(request: web.Request) -> web.Response:
 
 async def renders_route(request: web.Request) -> web.Response:
     """GET /atlasvid/renders: the kept renders, the one that was used last first."""
-    return web.json_response({"renders": await asyncio.to_thread(store.listing)})
+    return web.json_response({"renders": await asyncio.to_thread(listing)})
 
 
 async def delete_render_route(request: web.Request) -> web.Response:
@@ -50,7 +51,7 @@ async def delete_render_route(request: web.Request) -> web.Response:
         await asyncio.to_thread(store.delete, request.match_info["id"])
     except ValueError as error:
         answer["error"] = str(error)
-    return web.json_response({**answer, "renders": await asyncio.to_thread(store.listing)})
+    return web.json_response({**answer, "renders": await asyncio.to_thread(listing)})
 
 
 def _is_busy() -> bool:

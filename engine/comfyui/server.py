@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,13 +109,69 @@ def executing() -> tuple[str, str] | None:
 
 def prompt_ended(prompt_id: str) -> str | None:
     """How a prompt ended, `success` or `error` (or cancelled); None while it runs."""
-    server = sys.modules.get("server")
-    if server is None:
+    queue = _queue()
+    if queue is None:
         return "error"
-    queue = server.PromptServer.instance.prompt_queue
-    running, _ = queue.get_current_queue_volatile()
-    if any(item[1] == prompt_id for item in running):
+    if any(item[1] == prompt_id for item in queue.get_current_queue_volatile()[0]):
         return None
     ended = queue.get_history(prompt_id, map_function=lambda record: record.get("status"))
-    status = ended.get(prompt_id) or {}
-    return "success" if status.get("status_str") == "success" else "error"
+    return "success" if _is_success(ended.get(prompt_id)) else "error"
+
+
+def upstream(prompt_id: str, node_id: str) -> dict[str, Any] | None:
+    """The nodes of the running prompt that a node's result comes from, itself among them.
+
+    None where the prompt does not have the node as it was queued.
+    """
+    queue = _queue()
+    running = queue.get_current_queue_volatile()[0] if queue else ()
+    graph = next((item[2] for item in running if item[1] == prompt_id), {})
+    found: dict[str, Any] = {}
+    waiting = [node_id]
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        if name not in graph:
+            return None
+        inputs = graph[name]["inputs"]
+        found[name] = {"class_type": graph[name]["class_type"], "inputs": inputs}
+        waiting += [str(value[0]) for value in inputs.values() if _is_link(value)]
+    return found
+
+
+def ended_prompts() -> dict[str, Any]:
+    """The records of prompts that have ended, by their id."""
+    queue = _queue()
+    return queue.get_history(map_function=lambda record: record) if queue else {}
+
+
+def succeeded_with(part: dict[str, Any], before: Container[str]) -> bool:
+    """Whether a prompt that has these very nodes came to its end.
+
+    Args:
+        before: ids of prompts that do not count.
+    """
+    return any(
+        prompt_id not in before
+        and _is_success(record.get("status"))
+        and all(_same_node(record["prompt"][2].get(name), node) for name, node in part.items())
+        for prompt_id, record in ended_prompts().items()
+    )
+
+
+def _queue() -> Any:
+    server = sys.modules.get("server")
+    return None if server is None else server.PromptServer.instance.prompt_queue
+
+
+def _is_success(status: Mapping[str, Any] | None) -> bool:
+    return (status or {}).get("status_str") == "success"
+
+
+def _is_link(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2
+
+
+def _same_node(one: Mapping[str, Any] | None, other: Mapping[str, Any]) -> bool:
+    return one is not None and all(one.get(key) == other[key] for key in other)

@@ -5,17 +5,32 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 from safetensors import SafetensorError
 
 from ..comfyui import server
 from ..log import log
+from . import store
 from .store import IN_USE, Render
 
 INTERVAL = 0.5
 """Seconds between two looks at the queue."""
 KEEP, DELETE = "keep", "delete"
 WHEN_DONE = (KEEP, DELETE)
+
+
+@dataclass(frozen=True)
+class Held:
+    """A render whose video is not made yet."""
+
+    render: Render
+    when_done: str
+    nodes: dict[str, Any] | None
+    """That its latent comes from, in the prompt."""
+    before: frozenset[str] = frozenset()
+    """The prompts that had ended when its own failed, that one among them."""
 
 
 class Ending:
@@ -27,28 +42,53 @@ class Ending:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._waiting: dict[str, list[tuple[Render, str]]] = {}
+        self._waiting: dict[str, list[Held]] = {}
+        self._left: list[Held] = []
+        """Of prompts that failed or were cancelled."""
 
-    def expect(self, prompt_id: str, render: Render, when_done: str) -> None:
-        """Hold a render until its prompt has ended, then finish, delete or leave it."""
+    def expect(self, prompt_id: str, node_id: str, render: Render, when_done: str) -> None:
+        """Hold a render until its prompt has ended, then finish, delete or leave it.
+
+        Args:
+            node_id: of the sampler.
+        """
         IN_USE.hold(render.id, prompt_id)
+        held = Held(render, when_done, server.upstream(prompt_id, node_id))
         with self._lock:
+            self._left = [each for each in self._left if each.render.id != render.id]
             waiting = self._waiting.setdefault(prompt_id, [])
-            waiting.append((render, when_done))
+            waiting.append(held)
             if len(waiting) > 1:
                 return
-        watch = threading.Thread(target=self._watch, args=(prompt_id,), daemon=True)
-        watch.start()
+        threading.Thread(target=self._watch, args=(prompt_id,), daemon=True).start()
 
     def _watch(self, prompt_id: str) -> None:
         while (ended := server.prompt_ended(prompt_id)) is None:
             time.sleep(INTERVAL)
         with self._lock:
-            renders = self._waiting.pop(prompt_id)
-        for render, when_done in renders:
-            IN_USE.release(render.id, prompt_id)
+            waiting = self._waiting.pop(prompt_id)
+            if ended != "success":
+                before = frozenset(server.ended_prompts())
+                failed = [replace(held, before=before) for held in waiting]
+                self._left += [held for held in failed if held.nodes is not None]
+        for held in waiting:
+            IN_USE.release(held.render.id, prompt_id)
             if ended == "success":
-                settle(render, when_done)
+                settle(held.render, held.when_done)
+
+    def settle_left(self) -> None:
+        """Settle the renders of failed prompts of which a later one made the video.
+
+        ComfyUI keeps the sampled latent itself, so that prompt only decodes and is not watched.
+        """
+        with self._lock:
+            left, self._left = self._left, []
+        for held in left:
+            if server.succeeded_with(held.nodes or {}, held.before):
+                settle(held.render, held.when_done)
+            else:
+                with self._lock:
+                    self._left.append(held)
 
 
 ENDING = Ending()
@@ -62,3 +102,9 @@ def settle(render: Render, when_done: str) -> None:
         action()
     except (OSError, SafetensorError) as error:
         log.warning("The kept render %s could not be marked as finished: %s", render.id, error)
+
+
+def listing() -> list[dict[str, Any]]:
+    """What the front end shows of the kept renders."""
+    ENDING.settle_left()
+    return store.listing()

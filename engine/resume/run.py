@@ -276,11 +276,12 @@ class ResumeRun:
 
     def _open(self, render_id: str) -> None:
         """Find the render's folder, and hold it until its prompt has ended."""
+        ENDING.settle_left()
         self.render = Render(store.folder() / render_id)
         IN_USE.hold(render_id, self)
         context = server.executing()
         if context is not None:
-            ENDING.expect(context[0], self.render, self.settings.when_done)
+            ENDING.expect(*context, self.render, self.settings.when_done)
         try:
             self.render.set_facts(self._facts(context))
         except (OSError, SafetensorError) as error:

@@ -347,6 +347,8 @@ def test_demo_shows_its_video_in_the_node(desk: Desk) -> None:
     page.locator(".atlasvid-plan pre").get_by_text("Target 256 x 144").wait_for()
     listed = page.locator(".atlasvid-plan table")
     listed.get_by_text("AtlasVid Tiny Models").wait_for()
+    said = re.compile(r"^(sampled; .* kept|all \d+ steps were kept.*)$")
+    assert page.get_by_text(said).count() >= 2, "each of the two nodes that keep steps says so"
     assert desk.disorder() == []  # nodes grow with what they show
     assert not desk.errors
 
