@@ -222,7 +222,6 @@ class ResumeRun:
                 f"keeps nothing: {found} may change an answer in a way that cannot be seen. "
                 "Remove that, or this node."
             )
-            self._show(self.off)
             return None
         if self.render is None:
             self._open(named.hex())
@@ -317,6 +316,7 @@ class ResumeRun:
     def _stop(self, reason: str) -> None:
         self.off = reason
         log.warning("AtlasVid Resume %s.", reason)
+        self._show(reason)
 
     def finish(self) -> None:
         """The sampler came to its end."""
