@@ -13,6 +13,7 @@ from .encode import AtlasVidEncode, AtlasVidImageToVideo
 from .flashvsr import AtlasVidFlashVSR, AtlasVidFlashVSRLoader, AtlasVidTCDecode
 from .lora import AtlasVidGuideLoRA
 from .plan import AtlasVidPlan
+from .resume import AtlasVidResume
 from .rope import AtlasVidRoPE
 from .tiny import AtlasVidTinyModels
 from .train import AtlasVidTrainLoRA
@@ -24,6 +25,7 @@ NODES: list[type[io.ComfyNode]] = [
     AtlasVidHierarchicalAttention,
     AtlasVidStructureGuidance,
     AtlasVidGuideLoRA,
+    AtlasVidResume,
     AtlasVidTrainLoRA,
     AtlasVidTinyModels,
     AtlasVidDecode,

@@ -22,6 +22,7 @@ from environment import ROOT, stop_on_errors
 PICTURE = ROOT / "docs" / "floors.png"
 HOLDS = {
     "nodes": "schemas and executes",
+    "resume": "kept renders, what tells them apart",
     "estimate": "cost, calibration, overview",
     "flashvsr": "super-resolution that streams",
     "training": "trainer, dataset, adapters",

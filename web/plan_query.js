@@ -2,6 +2,7 @@
 
 const ATTENTION = "AtlasVidHierarchicalAttention";
 const STREAMED = "AtlasVidDecodeToVideo";
+const RESUME = "AtlasVidResume";
 const MODEL_NAMES = ["unet_name", "ckpt_name", "gguf_name", "model_name"];
 
 function values(node) {
@@ -37,14 +38,33 @@ function modelSource(plan) {
   return "";
 }
 
+/** How many steps a sampler makes; 0 where the node is none. */
+function stepsOf(sampler) {
+  const given = values(sampler);
+  if (!("steps" in given)) return 0;
+  const last = Math.min(given.steps, given.end_at_step ?? given.steps);
+  return Math.max(0, last - (given.start_at_step ?? 0));
+}
+
 /** How often the samplers among the nodes evaluate the model; 0 where there is none. */
 function evaluations(nodes) {
-  let count = 0;
-  for (const given of nodes.map(values).filter((each) => "steps" in each)) {
-    const last = Math.min(given.steps, given.end_at_step ?? given.steps);
-    count += Math.max(0, last - (given.start_at_step ?? 0)) * (given.cfg === 1 ? 1 : 2);
+  const each = (node) => stepsOf(node) * (values(node).cfg === 1 ? 1 : 2);
+  return nodes.reduce((sum, node) => sum + each(node), 0);
+}
+
+/** Whether the model of a sampler comes through AtlasVid Resume, which keeps every step. */
+function isKept(sampler) {
+  const seen = new Set();
+  for (let node = origin(sampler, "model"); node && !seen.has(node); node = origin(node, "model")) {
+    if (node.comfyClass === RESUME) return true;
+    seen.add(node);
   }
-  return count;
+  return false;
+}
+
+/** Steps whose answers are kept on the disk. */
+function keptSteps(samplers) {
+  return samplers.filter(isKept).reduce((sum, node) => sum + stepsOf(node), 0);
 }
 
 /** Samplers that an output of this type reaches through nodes that pass it on. */
@@ -84,8 +104,11 @@ export function planQuery(plan) {
     if (detail) {
       query.detail_evaluations = detail;
       // None where an existing video takes the proxy's place.
-      const proxy = [...samplersBehind(plan, "LATENT")].filter((node) => !samplers.has(node));
-      query.proxy_evaluations = evaluations(withFollowers(proxy));
+      const before = [...samplersBehind(plan, "LATENT")].filter((node) => !samplers.has(node));
+      const proxy = withFollowers(before);
+      query.proxy_evaluations = evaluations(proxy);
+      query.kept_proxy_steps = keptSteps(proxy);
+      query.kept_detail_steps = keptSteps([...samplers]);
     }
   }
   const kinds = plan.graph.nodes.map((node) => node.comfyClass ?? "");

@@ -30,12 +30,16 @@ class RunProgress:
         self._forward = 0
         self._forwards_per_step = 1
         self._begun = time.monotonic()
+        self._first: int | None = None
+        """The step of the first forward; those before it were kept from an earlier run."""
         self._spoken = 0.0
 
     def begin_forward(self, sigma: float) -> None:
         """A forward at noise level `sigma` begins; samplers may also visit levels in between."""
         reached = sum(level >= sigma * (1 - 1e-4) for level in self.schedule)
         step = max(1, reached, self._step)
+        if self._first is None:
+            self._first, self._begun = step, time.monotonic()
         self._forward = self._forward + 1 if step == self._step else 0
         self._step = step
         self._forwards_per_step = max(self._forwards_per_step, self._forward + 1)
@@ -49,9 +53,8 @@ class RunProgress:
         """The run has ended: what was done, in place of the last step's line."""
         if self._step:
             spent = duration(time.monotonic() - self._begun)
-            server.show_progress(
-                f"detail done: {self._step} steps in {spent}, {self.tokens:,} tokens"
-            )
+            steps = self._step - (self._first or 1) + 1
+            server.show_progress(f"detail done: {steps} steps in {spent}, {self.tokens:,} tokens")
 
     def at_block(self, block: int, phase: str) -> None:
         """Block number `block` of this forward begins."""
@@ -63,8 +66,10 @@ class RunProgress:
         step = f"step {self._step}/{self.steps}" if self.steps else f"step {self._step}"
         parts = [phase, step, f"block {block + 1}/{self.blocks}"]
         done = self.fraction(block)
-        if self.steps and self._step > 1:  # the first step also learns and fills caches
-            left = (now - self._begun) * (1 - done) / done
+        first = self._first or 1
+        if self.steps and self._step > first:  # the first step also learns and fills caches
+            before = (first - 1) / self.steps
+            left = (now - self._begun) * (1 - done) / (done - before)
             parts.append(f"about {duration(left)} left")
         server.show_progress(", ".join(parts))
 

@@ -44,6 +44,10 @@ class SamplingRun:
         self._noise: Tensor | None = None
         self._made: dict[tuple, Any] = {}
 
+    def identity(self) -> tuple:
+        """What a forward's result depends on; all else here is made from it."""
+        return self.seed, self.keep_guide, self.compile_choices
+
     def once(self, key: tuple, make: Callable[[], T]) -> T:
         """What `make` gave the first time it was asked for under this key in this run."""
         if key not in self._made:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -39,8 +39,9 @@ class DetailSettings:
     """The proxy latent as the model sees it (process_in applied), or None for windows alone."""
     sigma_start: float = 1.0
     sigma_end: float = 0.0
-    budget: int | None = None
-    """Bytes of device memory beside the weights, or None for what is free."""
+    budget: int | None = field(default=None, metadata={"identity": False})
+    """Bytes of device memory beside the weights, or None for what is free. It only decides in
+    which pieces work is done, so a render may go on with another after memory ran out."""
     attention: str = AUTO
     keep_blocks: int = 0
     """Blocks of 128 keys that a window reads, 0 for all."""

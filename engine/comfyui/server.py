@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,12 @@ import folder_paths
 from comfy_execution.utils import get_executing_context
 
 
-def show_progress(text: str) -> None:
-    """Show a line in the node that is being executed; nothing outside of a server."""
+def show_progress(text: str, node_id: str | None = None) -> None:
+    """Show a line in a node, the one that is being executed; nothing outside of a server."""
     context = get_executing_context()
     server = sys.modules.get("server")  # only a running ComfyUI has it; importing it starts much
     if context is not None and server is not None:
-        server.PromptServer.instance.send_progress_text(text, context.node_id)
+        server.PromptServer.instance.send_progress_text(text, node_id or context.node_id)
 
 
 def progress_bar(total: int) -> Callable[[int], None]:
@@ -129,3 +129,82 @@ def flashvsr_file(name: str) -> Path | None:
         if found := folder_paths.get_full_path(folder, name):
             return Path(found)
     return None
+
+
+# --- Prompts ---------------------------------------------------------------------------------
+
+
+def executing() -> tuple[str, str] | None:
+    """Prompt and node that are being executed; None outside of a server."""
+    context = get_executing_context()
+    return None if context is None else (context.prompt_id, context.node_id)
+
+
+def prompt_ended(prompt_id: str) -> str | None:
+    """How a prompt ended, `success` or `error` (or cancelled); None while it runs."""
+    queue = _queue()
+    if queue is None:
+        return "error"
+    if any(item[1] == prompt_id for item in queue.get_current_queue_volatile()[0]):
+        return None
+    ended = queue.get_history(prompt_id, map_function=lambda record: record.get("status"))
+    return "success" if _is_success(ended.get(prompt_id)) else "error"
+
+
+def upstream(prompt_id: str, node_id: str) -> dict[str, Any] | None:
+    """The nodes of the running prompt that a node's result comes from, itself among them.
+
+    None where the prompt does not have the node as it was queued.
+    """
+    queue = _queue()
+    running = queue.get_current_queue_volatile()[0] if queue else ()
+    graph = next((item[2] for item in running if item[1] == prompt_id), {})
+    found: dict[str, Any] = {}
+    waiting = [node_id]
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        if name not in graph:
+            return None
+        inputs = graph[name]["inputs"]
+        found[name] = {"class_type": graph[name]["class_type"], "inputs": inputs}
+        waiting += [str(value[0]) for value in inputs.values() if _is_link(value)]
+    return found
+
+
+def ended_prompts() -> dict[str, Any]:
+    """The records of prompts that have ended, by their id."""
+    queue = _queue()
+    return queue.get_history(map_function=lambda record: record) if queue else {}
+
+
+def succeeded_with(part: dict[str, Any], before: Container[str]) -> bool:
+    """Whether a prompt that has these very nodes came to its end.
+
+    Args:
+        before: ids of prompts that do not count.
+    """
+    return any(
+        prompt_id not in before
+        and _is_success(record.get("status"))
+        and all(_same_node(record["prompt"][2].get(name), node) for name, node in part.items())
+        for prompt_id, record in ended_prompts().items()
+    )
+
+
+def _queue() -> Any:
+    server = sys.modules.get("server")
+    return None if server is None else server.PromptServer.instance.prompt_queue
+
+
+def _is_success(status: Mapping[str, Any] | None) -> bool:
+    return (status or {}).get("status_str") == "success"
+
+
+def _is_link(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2
+
+
+def _same_node(one: Mapping[str, Any] | None, other: Mapping[str, Any]) -> bool:
+    return one is not None and all(one.get(key) == other[key] for key in other)

@@ -150,6 +150,9 @@ class Settings:
     detail_evaluations: int = 40
     streamed_decode: bool = True
     guide_margin: int = 0
+    kept_proxy_steps: int = 0
+    """Steps of the proxy whose answers AtlasVid Resume keeps."""
+    kept_detail_steps: int = 0
 
     def layout(self, plan: Plan) -> Layout:
         """How the detail branch cuts the plan's target."""
@@ -264,10 +267,20 @@ def memory(shape: ModelShape, plan: Plan, settings: Settings, machine: Machine) 
         card=card,
         card_least=least,
         host=shape.weights + latent + max(streamed, decoded),
-        disk=int(
-            pixels * (VIDEO_BITS_PER_PIXEL / 8 + (SCRATCH_BYTES if settings.streamed_decode else 0))
-        ),
+        disk=video_disk(pixels, settings.streamed_decode) + answers_disk(plan, settings),
     )
+
+
+def video_disk(pixels: int, streamed: bool = True) -> int:
+    """Bytes on the disk of a video of so many pixels, with the frames of its streamed decode."""
+    return int(pixels * (VIDEO_BITS_PER_PIXEL / 8 + (SCRATCH_BYTES if streamed else 0)))
+
+
+def answers_disk(plan: Plan, settings: Settings) -> int:
+    """Bytes of the answers that AtlasVid Resume keeps: one latent in float32 for each step."""
+    latents = plan.proxy_latent.count * settings.kept_proxy_steps
+    latents += plan.latent.count * settings.kept_detail_steps
+    return latents * plan.space.channels * 4
 
 
 def offloaded_bytes(need: Memory, machine: Machine) -> int:

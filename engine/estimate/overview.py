@@ -144,11 +144,17 @@ def figures(
             f"of {cost.size(machine.card)}",
         ),
         ("Host memory", f"{cost.size(need.host)} of {cost.size(machine.host)}"),
-        ("Disk", f"about {cost.size(need.disk)} of {cost.size(machine.disk)} free"),
+        ("Disk", _disk(plan, settings, machine, need)),
         ("Time", _time(shape, plan, settings, machine, rates)),
     ]
     found = cost.problems(plan, need, machine)
     return {"rows": rows, "problems": found, "fits": not found}
+
+
+def _disk(plan: Plan, settings: Settings, machine: cost.Machine, need: cost.Memory) -> str:
+    text = f"about {cost.size(need.disk)} of {cost.size(machine.disk)} free"
+    kept = cost.answers_disk(plan, settings)
+    return f"{text}; {cost.size(kept)} of it for kept steps" if kept else text
 
 
 def _time(
@@ -262,6 +268,8 @@ def _settings(query: Mapping[str, str], plan: Plan) -> Settings:
         int(_number(query, "detail_evaluations", str(standard.detail_evaluations))),
         query.get("streamed", "1") == "1",
         int(_number(query, "guide_margin", "0")),
+        int(_number(query, "kept_proxy_steps", "0")),
+        int(_number(query, "kept_detail_steps", "0")),
     )
 
 

@@ -16,6 +16,8 @@ from typing import Any
 import browser
 import comfy_server
 import pytest
+import torch
+from atlasvid.engine.resume import store
 from playwright.sync_api import Page, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -299,6 +301,8 @@ def test_plan_follows_the_window_and_the_steps(desk: Desk) -> None:
         }"""
     )
     desk.page.locator(".atlasvid-plan").get_by_text("1,024 + 75 of the guide").wait_for()
+    listed = desk.page.locator(".atlasvid-plan table")
+    listed.get_by_text("6.5 GiB of it for kept steps").wait_for()
 
 
 def test_plan_is_red_when_it_will_not_fit(desk: Desk) -> None:
@@ -343,7 +347,28 @@ def test_demo_shows_its_video_in_the_node(desk: Desk) -> None:
     page.locator(".atlasvid-plan pre").get_by_text("Target 256 x 144").wait_for()
     listed = page.locator(".atlasvid-plan table")
     listed.get_by_text("AtlasVid Tiny Models").wait_for()
+    said = re.compile(r"^(sampled; .* kept|all \d+ steps were kept.*)$")
+    assert page.get_by_text(said).count() >= 2, "each of the two nodes that keep steps says so"
     assert desk.disorder() == []  # nodes grow with what they show
+    assert not desk.errors
+
+
+def test_kept_renders_are_listed_on_the_node_and_deleted(desk: Desk, server: Any) -> None:
+    folder = server.log.parent / "output" / store.FOLDER / f"{7:032x}"
+    planted = store.Render(folder)
+    planted.set_facts(store.Facts("a <b>pier</b>", 20, (1, 16, 3, 8, 8)))
+    planted.write(f"{1:032x}", 14, store.Answer(torch.zeros(300_000), 60.0))
+    desk.page.evaluate("(workflow) => app.loadGraphData(workflow)", {"nodes": [], "links": []})
+    desk.open(WORKFLOWS["atlasvid_t2v_4k"])
+    for row in (desk.page.locator(".atlasvid-renders tr", has_text="pier").nth(i) for i in (0, 1)):
+        assert re.fullmatch(
+            r"a <b>pier</b>\s+step 14 of 20\s+2 MB\s+\d+ s\s+delete", row.inner_text()
+        )
+    desk.page.locator(".atlasvid-renders tr", has_text="pier").first.get_by_role("button").click()
+    desk.page.locator(".atlasvid-renders tr", has_text="pier").first.wait_for(state="detached")
+    assert not folder.exists()
+    assert desk.page.locator(".atlasvid-renders tr", has_text="pier").count() == 0
+    assert "renders_view" not in str(desk.prompt())
     assert not desk.errors
 
 

@@ -29,6 +29,7 @@ CONTRACT = {
     ],
     "AtlasVidStructureGuidance": ["model", "plan", "proxy", "strength", "end_percent"],
     "AtlasVidGuideLoRA": ["lora", "strength"],
+    "AtlasVidResume": ["model", "name", "disk_limit_gb", "when_done"],
     "AtlasVidTrainLoRA": [
         "model",
         "clip",
