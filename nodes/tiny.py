@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..engine.families.tiny import random_family, trained_family
+from .limits import within_limits
 from .types import CATEGORY, GuideLoraType
 
 
@@ -51,6 +52,7 @@ class AtlasVidTinyModels(io.ComfyNode):
         )
 
     @classmethod
+    @within_limits
     def execute(cls, seed, weights="trained") -> io.NodeOutput:
         family = trained_family() if weights == "trained" else random_family(seed)
         return io.NodeOutput(*family)
