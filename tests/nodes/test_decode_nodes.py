@@ -207,7 +207,9 @@ def test_a_cancelled_save_leaves_nothing(vae, two_tiles, tmp_path, temp_folder, 
 def test_too_small_a_disk_is_refused_before_decoding(vae, two_tiles, tmp_path, monkeypatch):
     monkeypatch.setattr(WanDecoder, "features", None)
     monkeypatch.setattr(scratch.shutil, "disk_usage", lambda _folder: Namespace(free=1000))
-    with pytest.raises(OSError, match=r"9 frames of 96 x 80 needs .* GB .*--temp-directory"):
+    with pytest.raises(
+        OSError, match=r"9 frames of 96 x 80 needs .* KiB .*1000 bytes are free.*--temp"
+    ):
         to_video(vae, latent()).save_to(str(tmp_path / "clip.mp4"))
 
 
