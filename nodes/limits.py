@@ -73,9 +73,9 @@ def _inputs_of_choice(choice: Any, value: Any) -> list[Any]:
 def _require_number(limits: Any, value: Any) -> None:
     whole = isinstance(limits, io.Int.Input)
     if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
-        kind = "a whole number" if whole else "a number"
+        kind = "whole number" if whole else "number"
         raise ValueError(
-            f"{limits.id} is {shown(value)}; it must be {kind} from {limits.min} to {limits.max}."
+            f"{limits.id} is {shown(value)}; allowed is a {kind} from {limits.min} to {limits.max}."
         )
     if not limits.min <= value <= limits.max:  # as no NaN is
         raise ValueError(f"{limits.id} is {shown(value)}; allowed is {limits.min} to {limits.max}.")

@@ -56,7 +56,7 @@ def main() -> int:
         with small_disk(base / "output", 64 * MIB) as mounted:
             host = Host(Path(sys.executable), Path(comfyui), base)
             try:
-                files.make_clips(host.input / "clips")
+                files.prepare(host)
                 for name, run in plan(host, trials, options, mounted):
                     if options.only in name:
                         begun = time.monotonic()
@@ -121,10 +121,10 @@ def save(rows: list, chosen: int) -> None:
 
 
 NOTE = (
-    "Made by `python tools/soak.py --seed {seed}`, PyTorch on {threads} threads. Survived: the next "
-    "render works and no partial file lies under a final name. Slowest: from a cancel to the end of "
-    "the execution, or from queueing a wrong prompt to its error. Growth over the level before, at "
-    "rest: the server's memory, open files, threads and temporary files."
+    "Made by `python tools/soak.py --seed {seed}`, PyTorch on {threads} threads. Survived: the "
+    "next render works and no partial file lies under a final name. Slowest: from a cancel to the "
+    "end of the execution, or from queueing a wrong prompt to its error. Growth over the level "
+    "before, at rest: the server's memory, open files, threads and temporary files."
 )
 
 

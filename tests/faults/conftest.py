@@ -15,6 +15,6 @@ def host(tmp_path_factory: pytest.TempPathFactory):
     random.seed(20)
     base = tmp_path_factory.mktemp("faults")
     host = Host(Path(sys.executable), Path(os.environ["COMFYUI_PATH"]), base)
-    files.make_clips(host.input / "clips")
+    files.prepare(host)
     yield host
     host.stop()

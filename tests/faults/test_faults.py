@@ -1,6 +1,6 @@
 """What goes wrong on purpose in a real server: the short form of `tools/soak.py`.
 
-One server for all, in the order of the file: a fault that leaves something behind shows in the next.
+One server for all, in the order of the file: what a fault leaves behind shows in the next.
 """
 
 import pytest

@@ -35,10 +35,11 @@ def clip(file: Path, frames: int = 18, size: int = 128) -> Path:
     return file
 
 
-def make_clips(folder: Path) -> None:
-    """What trainings learn from."""
-    folder.mkdir(parents=True, exist_ok=True)
-    clip(folder / "clip.mp4")
+def prepare(host: Any) -> None:
+    """A whole LoRA, and a clip to learn from."""
+    (host.input / "clips").mkdir(exist_ok=True)
+    clip(host.input / "clips" / "clip.mp4")
+    save_file(pair(), host.loras / "whole.safetensors")
 
 
 def pair(rank: int = 2, **changed: Any) -> dict[str, np.ndarray]:
@@ -75,9 +76,7 @@ def broken(host: Any) -> Iterator[tuple[str, Prompt, tuple[str, ...]]]:
 
 
 def broken_loras(folder: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
-    whole = folder / "whole.safetensors"
-    save_file(pair(), whole)
-    data = whole.read_bytes()
+    data = (folder / "whole.safetensors").read_bytes()
 
     def saved(name: str, tensors: dict[str, np.ndarray], metadata: Any = None) -> str:
         save_file(tensors, folder / f"{name}.safetensors", metadata)
