@@ -74,34 +74,35 @@ def video(samples: list[Any]) -> Prompt:
     }
 
 
-def blank(width: int, height: int, frames: int, batch: int = 1) -> Prompt:
-    """A latent that is there at once."""
-    size = {"width": width, "height": height, "length": frames, "batch_size": batch}
+def noise(seed: int, frames: int) -> Prompt:
+    """A latent of noise, 320 x 192, that is there at once."""
+    size = {"width": 320, "height": 192, "frames": frames}
     return {
         "tiny": node("AtlasVidTinyModels", seed=0, weights="random"),
-        "blank": node("EmptyHunyuanLatentVideo", **size),
+        "noise": node("FaultNoise", seed=seed, **size),
     }
 
 
-def saving(frames: int = 49, width: int = 320, height: int = 192) -> Prompt:
+def saving(seed: int = 0, frames: int = 49) -> Prompt:
     """Nothing but the decode that writes a file."""
-    return blank(width, height, frames) | video(["blank", 0])
+    return noise(seed, frames) | video(["noise", 0])
 
 
-def decoding(frames: int = 49) -> Prompt:
+def decoding(seed: int = 0, frames: int = 49) -> Prompt:
     """Nothing but a decode to images."""
-    return blank(320, 192, frames) | {
-        DECODE: node("AtlasVidDecode", samples=["blank", 0], vae=["tiny", 2]),
+    return noise(seed, frames) | {
+        DECODE: node("AtlasVidDecode", samples=["noise", 0], vae=["tiny", 2]),
         "sink": node("FaultSink", value=[DECODE, 0]),
     }
 
 
-def encoding(frames: int = 49) -> Prompt:
-    """Nothing but an encode of grey images."""
+def encoding(seed: int = 0, frames: int = 49) -> Prompt:
+    """Nothing but an encode of images of one colour."""
+    size = {"width": 320, "height": 192, "batch_size": frames}
     return {
         "tiny": node("AtlasVidTinyModels", seed=0, weights="random"),
-        "grey": node("EmptyImage", width=320, height=192, batch_size=frames, color=8421504),
-        ENCODE: node("AtlasVidEncode", pixels=["grey", 0], vae=["tiny", 2]),
+        "plain": node("EmptyImage", color=seed % 2**24, **size),
+        ENCODE: node("AtlasVidEncode", pixels=["plain", 0], vae=["tiny", 2]),
         "sink": node("FaultSink", value=[ENCODE, 0]),
     }
 

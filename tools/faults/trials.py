@@ -135,9 +135,9 @@ PHASES = (
     Phase("proxy", lambda: graphs.render(seed(), proxy_steps=5000), graphs.PROXY, "progress"),
     Phase("guide", lambda: graphs.render(seed(), **LARGE), graphs.DETAIL),
     Phase("detail", lambda: graphs.render(seed(), detail_steps=5000), graphs.DETAIL, "progress"),
-    Phase("decode", graphs.decoding, graphs.DECODE),
-    Phase("save", graphs.saving, graphs.SAVE),
-    Phase("encode", graphs.encoding, graphs.ENCODE),
+    Phase("decode", lambda: graphs.decoding(seed()), graphs.DECODE),
+    Phase("save", lambda: graphs.saving(seed()), graphs.SAVE),
+    Phase("encode", lambda: graphs.encoding(seed()), graphs.ENCODE),
     Phase(
         "training",
         lambda: graphs.training("clips", f"cancelled{seed()}", steps=100_000),
@@ -226,7 +226,7 @@ def file_limits(host: Host, times: int) -> Outcome:
     for _ in range(times):
         with trial(host, outcome), host.largest_file(random.randrange(150_000, 600_000)):
             before = host.files()
-            ended = host.run(graphs.saving())
+            ended = host.run(graphs.saving(seed()))
             require_message(ended, "full", "Free some space")
             require_unwritten(before, host.files())
     return outcome
@@ -239,7 +239,7 @@ def full_disks(host: Host, folder: Path, times: int) -> Outcome:
         filler = filled(folder, 200_000 if number % 2 else 0)
         before = host.files()
         with trial(host, outcome):
-            ended = host.run(graphs.saving())
+            ended = host.run(graphs.saving(seed()))
             require_message(ended, "disk", "Free some space")
             require_unwritten(before, host.files())
             filler.unlink()
@@ -275,7 +275,8 @@ def broken_files(host: Host) -> Outcome:
                 raise Lost(f"{name} ended as {ended.ending}")
             require_message(ended, *words)
             outcome.took(ended.seconds)
-            require_unwritten(before, host.files())
+            if not name.startswith("clips"):  # whose empty caption is encoded for the next training
+                require_unwritten(before, host.files())
     with trial(host, outcome):
         pass
     return outcome
@@ -304,19 +305,8 @@ def wrong_numbers(host: Host, most: int | None = None) -> Outcome:
     return outcome
 
 
-VALUES = (
-    "NaN",
-    "Infinity",
-    "-Infinity",
-    "-1",
-    "1000000000",
-    "0",
-    '"many"',
-    "null",
-    "[]",
-    "{}",
-    "true",
-)
+NO_NUMBERS = ('"many"', "null", "[]", "{}", "true")
+VALUES = ("NaN", "Infinity", "-Infinity", "-1", "1000000000", "0", *NO_NUMBERS)
 SOCKETS = {
     "MODEL": ["tiny", 0],
     "CLIP": ["tiny", 1],
@@ -327,10 +317,6 @@ SOCKETS = {
     "IMAGE": ["grey", 0],
 }
 """Where a node gets what is no number."""
-
-
-def number(value: str) -> bool:
-    return value not in ('"many"', "null", "[]", "{}", "true")
 
 
 def numbers_of(inputs: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict]]:
@@ -349,8 +335,7 @@ def wrong_inputs(known: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     for kind in sorted(each for each in known if each.startswith("AtlasVid")):
         for name, options in numbers_of(known[kind]["input"]):
             for value in VALUES:
-                legal = number(value) and options["min"] <= float(value) <= options["max"]
-                if not legal:
+                if value in NO_NUMBERS or not options["min"] <= float(value) <= options["max"]:
                     yield kind, name, value
 
 

@@ -50,6 +50,28 @@ class FaultSink(io.ComfyNode):
         return io.NodeOutput()
 
 
+class FaultNoise(io.ComfyNode):
+    """A video latent of noise, whose pictures do not compress."""
+
+    @classmethod
+    def define_schema(cls):
+        sizes = ("width", "height", "frames")
+        return io.Schema(
+            node_id="FaultNoise",
+            inputs=[
+                io.Int.Input("seed", min=0, max=2**64),
+                *(io.Int.Input(name, min=1, max=2**16) for name in sizes),
+            ],
+            outputs=[io.Latent.Output("latent")],
+        )
+
+    @classmethod
+    def execute(cls, seed: int, width: int, height: int, frames: int) -> io.NodeOutput:
+        shape = 1, 16, (frames - 1) // 4 + 1, height // 8, width // 8
+        generator = torch.Generator().manual_seed(seed)
+        return io.NodeOutput({"samples": torch.randn(shape, generator=generator)})
+
+
 loads = json.loads
 
 
@@ -108,7 +130,7 @@ async def settle(_: web.Request) -> web.Response:
 
 class Faults(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [FaultValue, FaultSink]
+        return [FaultValue, FaultSink, FaultNoise]
 
 
 async def comfy_entrypoint() -> Faults:
