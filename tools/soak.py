@@ -63,8 +63,9 @@ def main() -> int:
                         outcome = run()
                         rows.append(outcome)
                         say(
-                            f"{outcome.fault}: {outcome.survived} of {outcome.tried} survived "
-                            f"({time.monotonic() - begun:.0f} s)"
+                            f"{outcome.fault}: {outcome.survived} of {outcome.tried} survived, "
+                            f"slowest {outcome.slowest or 0:.2f} s, {outcome.growth} "
+                            f"({time.monotonic() - begun:.0f} s in all)"
                         )
                         for lost in outcome.lost:
                             say(f"  {lost}")

@@ -224,7 +224,8 @@ def shape_of_file(file: Path) -> ModelShape | None:
     try:
         with file.open("rb") as opened:
             (length,) = struct.unpack("<Q", opened.read(8))
-            header = json.loads(opened.read(length)) if length < 100 * 2**20 else {}
+            head = opened.read(length) if length < 100 * 2**20 else b""
+        header = json.loads(head) if len(head) == length else {}
         return _named(_shape_of_header(header, file))
     except (OSError, struct.error, *MALFORMED):
         return None
