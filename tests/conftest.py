@@ -18,7 +18,7 @@ os.environ.update(sharing_cores())  # before PyTorch is imported
 
 
 def pytest_report_header():
-    return f"PyTorch: {threads()} threads, which sleep while they wait for each other"
+    return f"PyTorch: up to {threads()} threads, which sleep while they wait for each other"
 
 
 COMFYUI = Path(os.environ.get("COMFYUI_PATH", ""))

@@ -367,7 +367,7 @@ def unpack(archive: Path, inside: PurePosixPath, target: Path) -> None:
 
 
 def threads() -> int:
-    """How many threads PyTorch takes in a process that is started from here."""
+    """How many threads PyTorch takes at most in a process that is started from here."""
     if (named := os.environ.get("OMP_NUM_THREADS", "")).isdigit():
         return int(named)
     usable = getattr(os, "sched_getaffinity", None)

@@ -49,7 +49,7 @@ def main() -> int:
 
     chosen = options.seed if options.seed is not None else int(time.time())
     random.seed(chosen)
-    say(f"seed {chosen}, PyTorch on {threads()} threads")
+    say(f"seed {chosen}, PyTorch on up to {threads()} threads")
     rows = []
     with tempfile.TemporaryDirectory(prefix="atlasvid-soak-") as scratch:
         base = Path(scratch)

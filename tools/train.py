@@ -144,7 +144,7 @@ def train() -> int:
     work = options.work or cache_folder() / "training"
     command += ["--work", str(work.expanduser().resolve())]
     environment = {**sharing_cores(), "COMFYUI_PATH": str(comfyui)}
-    on = f" on the CPU with {threads()} threads" if cpu else ""
+    on = f" on the CPU with up to {threads()} threads" if cpu else ""
     say(f"training with {python} in {comfyui}{on}")
     process = subprocess.Popen(command, env=environment)
     try:

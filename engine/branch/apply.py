@@ -135,7 +135,7 @@ class DetailBranch:
         run, net = run_of(given.options), executor.class_obj
         branch = DetailForward(net, self.family, self.settings, run, given.options)
         predicted = branch(x, timestep, given)
-        if x.isfinite().all() and not predicted.isfinite().all():
+        if not predicted.isfinite().all() and x.isfinite().all():
             raise ValueError(
                 "The model's prediction contains NaN or infinite values, so the video would be of "
                 "one colour. Check the model's file, its precision and the strengths of its LoRAs "

@@ -43,8 +43,8 @@ MALFORMED = (
 )
 """What reading sizes out of somebody's JSON can raise."""
 SHAPE_RANGES = {
-    "dim": (HEAD, 16_384),
-    "ffn_dim": (1, 65_536),
+    "dim": (HEAD, 8_192),
+    "ffn_dim": (1, 32_768),
     "layers": (1, 256),
     "in_dim": (1, 1_024),
     "out_dim": (1, 1_024),

@@ -168,15 +168,20 @@ class Host:
     def level(self) -> Level:
         """What the server holds once models and caches are dropped."""
         self.ask("/free", {"unload_models": True, "free_memory": True})
-        time.sleep(1.5)  # the worker looks once a second
-        self.ask("/faults/settle", {})
-        process = psutil.Process(self.server.process.pid)
-        return Level(
-            process.memory_info().rss,
-            process.num_fds(),
-            process.num_threads(),
-            len(self.scratch_files()),
-        )
+        process, before = psutil.Process(self.server.process.pid), NOTHING
+        for _ in range(15):  # the server drops them in a thread of its own, when it comes to it
+            time.sleep(1)
+            self.ask("/faults/settle", {})
+            level = Level(
+                process.memory_info().rss,
+                process.num_fds(),
+                process.num_threads(),
+                len(self.scratch_files()),
+            )
+            if level.scratch == 0 and abs(level.memory - before.memory) < 2**20:
+                break
+            before = level
+        return level
 
     # --- Too small a disk -------------------------------------------------------------------
 

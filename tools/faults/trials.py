@@ -202,8 +202,8 @@ def out_of_memory(host: Host, times: int) -> Outcome:
     for number in range(times):
         phase = PHASES[number % 6]
         forever = number % 2 == 1
-        short = {"proxy": graphs.render(seed()), "detail": graphs.render(seed())}
-        prompt = short.get(phase.name) or phase.prompt()
+        pieces = {"decode": graphs.decoding, "save": graphs.saving, "encode": graphs.encoding}
+        prompt = pieces[phase.name](seed(), 9) if phase.name in pieces else graphs.render(seed())
         wait, fail = random.randrange(0, 60), 10**9 if forever else 1
 
         def strike(_: str, wait: int = wait, fail: int = fail) -> None:

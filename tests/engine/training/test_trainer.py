@@ -19,6 +19,7 @@ from atlasvid.engine.lora.recipe import BaseShape, Recipe, pack_version
 from atlasvid.engine.proxy.frequencies import apply_rope_method
 from atlasvid.engine.training.cache import LatentCache
 from atlasvid.engine.training.clips import clips_in_folder
+from atlasvid.engine.training.job import Job
 from atlasvid.engine.training.objective import NoiseLevels
 from atlasvid.engine.training.state import TrainingState
 from atlasvid.engine.training.trainer import Trainer, TrainSettings
@@ -287,6 +288,20 @@ def test_numbers_that_cannot_be_learned_with_are_refused(wrong, message):
         settings(**wrong)
     with pytest.raises(ValueError, match="shift is inf"):
         NoiseLevels(shift=float("inf"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("../up", "use letters"),
+        ("a" * 5000, "is 5000 bytes long; at most 200"),
+        ("", "use letters"),
+    ],
+)
+def test_names_that_make_no_file_name_are_refused(tmp_path, name, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        Job(tmp_path, tmp_path, name)
+    assert len(str(refused.value)) < 300
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
