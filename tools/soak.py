@@ -64,7 +64,7 @@ def main() -> int:
                         rows.append(outcome)
                         say(
                             f"{outcome.fault}: {outcome.survived} of {outcome.tried} survived, "
-                            f"slowest {outcome.slowest or 0:.2f} s, {outcome.growth} "
+                            f"slowest {outcome.slowest or 0:.2f} s, {outcome.growth or ''} "
                             f"({time.monotonic() - begun:.0f} s in all)"
                         )
                         for lost in outcome.lost:
@@ -84,16 +84,17 @@ def plan(
     yield "renders in a row", lambda: t.renders_in_a_row(host, options.renders)
     for phase in t.PHASES:
         yield f"cancel {phase.name}", lambda phase=phase: t.cancels(host, phase, 5 * n)
-    yield "memory", lambda: t.out_of_memory(host, 12 * n)
+    yield "memory", lambda: t.out_of_memory(host, 6 * n)
     yield "disk saving", lambda: t.file_limits(host, 3 * n)
     if mounted:
         yield "disk full", lambda: t.full_disks(host, host.output, 3 * n)
     yield "disk training", lambda: t.full_disk_in_training(host, n)
     yield "broken files", lambda: t.broken_files(host)
     yield "wrong numbers", lambda: t.wrong_numbers(host)
+    yield "plan", lambda: t.plan_queries(host)
     for phase in t.PHASES[:-1]:
         yield f"kill {phase.name}", lambda phase=phase: t.kills(host, phase, n)
-    yield "kill training", lambda: t.killed_training(host, 2 * n)
+    yield "kill training", lambda: t.killed_training(host, n)
 
 
 def save(rows: list, chosen: int) -> None:
@@ -103,16 +104,15 @@ def save(rows: list, chosen: int) -> None:
     header = ["fault", "tried", "survived", "slowest", "memory", "files", "threads", "scratch"]
     lines = []
     for row in rows:
-        growth = row.growth
-        measured = growth != type(growth)(0, 0, 0, 0)
+        grown = list(asdict(row.growth).values()) if row.growth else []
         lines.append(
             [
                 row.fault,
                 str(row.tried),
                 str(row.survived),
                 "" if row.slowest is None else f"{row.slowest:.2f} s",
-                f"{growth.memory / MIB:+.0f} MiB" if measured else "",
-                *(f"{n:+d}" if measured else "" for n in list(asdict(growth).values())[1:]),
+                f"{grown[0] / MIB:.0f} MiB" if grown else "",
+                *(str(number) if grown else "" for number in grown[1:] or [""] * 3),
             ]
         )
     tried, survived = sum(row.tried for row in rows), sum(row.survived for row in rows)

@@ -33,7 +33,7 @@ def test_a_cancel_ends_every_phase_and_the_next_render_works(host: Host, phase) 
 
 
 def test_memory_that_runs_out_is_survived(host: Host) -> None:
-    require_all(trials.out_of_memory(host, 6))
+    require_all(trials.out_of_memory(host, 4))
 
 
 def test_a_full_disk_is_named_and_leaves_nothing(host: Host) -> None:
@@ -50,6 +50,10 @@ def test_broken_files_are_named(host: Host) -> None:
 
 def test_wrong_numbers_are_refused_within_a_second(host: Host) -> None:
     assert require_all(trials.wrong_numbers(host, 60)).slowest < 2 * ALLOWED_SECONDS
+
+
+def test_the_plan_is_drawn_whatever_is_asked_for(host: Host) -> None:
+    assert require_all(trials.plan_queries(host)).slowest < ALLOWED_SECONDS
 
 
 def test_a_killed_server_leaves_nothing_half_written(host: Host) -> None:

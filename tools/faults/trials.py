@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import random
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import av
 from comfy_server import Event
@@ -34,8 +37,8 @@ class Outcome:
     survived: int = 0
     slowest: float | None = None
     """Seconds from a cancel to the end of the execution, or of an error."""
-    growth: Level = NOTHING
-    """The largest seen over the level before."""
+    growth: Level | None = None
+    """The largest seen over the level before; None where it was not measured."""
     lost: list[str] = field(default_factory=list)
 
     def took(self, seconds: float) -> None:
@@ -367,6 +370,36 @@ def prompt_for(kind: str, name: str, value: str, known: dict[str, Any]) -> Promp
     return prompt
 
 
+PLAN_QUERIES: tuple[dict[str, Any], ...] = (
+    {"seconds": "1e9"},
+    {"fps": "1e9"},
+    {"seconds": "nan"},
+    {"width": "-1"},
+    {"shape": "[" * 3000},
+    {"shape": '{"dim": 0, "ffn_dim": 1, "layers": 1}'},
+    {"model": "a" * 3000, "width": "many"},
+    {"window": "custom", "window.frames": "-1"},
+    {"guide_margin": "-5"},
+)
+
+
+def plan_queries(host: Host) -> Outcome:
+    """What the plan's picture is drawn from: an answer within a second, whatever is asked for."""
+    outcome = Outcome("wrong queries of the plan")
+    largest = {"seconds": "600", "fps": "120", "width": "8192", "height": "8192"}
+    for query in (*PLAN_QUERIES, largest | {"window": "custom", "temporal_stride": "1"}):
+        with trial(host, outcome, aftermath=False):
+            usual = {name: str(value) for name, value in graphs.PLAN.items()}
+            begun = time.monotonic()
+            answer = host.ask(f"/atlasvid/plan?{urlencode(usual | query)}")
+            outcome.took(time.monotonic() - begun)
+            if ("error" in answer) != (query in PLAN_QUERIES):
+                raise Lost(f"{query} was answered with {str(answer)[:200]}")
+            if len(json.dumps(answer)) > 20_000:
+                raise Lost(f"{query} was answered with {len(json.dumps(answer))} bytes")
+    return outcome
+
+
 # --- Many in a row ---------------------------------------------------------------------------
 
 
@@ -386,7 +419,7 @@ def renders_in_a_row(host: Host, times: int) -> Outcome:
             if done % 3 == 2:
                 one_cancel(host)
         if done == times - 1 or done % 10 == 9:
-            outcome.growth = outcome.growth.largest(host.level() - before)
+            outcome.growth = (host.level() - before).largest(outcome.growth or NOTHING)
     return outcome
 
 
