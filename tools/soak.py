@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -50,6 +51,7 @@ def main() -> int:
     chosen = options.seed if options.seed is not None else int(time.time())
     random.seed(chosen)
     say(f"seed {chosen}, PyTorch on up to {threads()} threads")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which unmounts and stops the server
     rows = []
     with tempfile.TemporaryDirectory(prefix="atlasvid-soak-") as scratch:
         base = Path(scratch)
