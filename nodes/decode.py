@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..engine.vae.decode import TiledDecoder, decode_images
 from ..engine.vae.video import StreamedVideo
+from .limits import within_limits
 from .types import CATEGORY, memory_budget_input
 
 TILE_MEMORY = (
@@ -40,6 +41,7 @@ class AtlasVidDecode(io.ComfyNode):
         )
 
     @classmethod
+    @within_limits
     def execute(cls, samples, vae, memory_budget="auto") -> io.NodeOutput:
         return io.NodeOutput(decode_images(vae, samples["samples"], budget=memory_budget))
 
@@ -91,6 +93,7 @@ class AtlasVidDecodeToVideo(io.ComfyNode):
         )
 
     @classmethod
+    @within_limits
     def execute(
         cls, samples, vae, fps, memory_budget="auto", audio=None, bit_depth=8
     ) -> io.NodeOutput:

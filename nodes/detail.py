@@ -10,6 +10,7 @@ from ..engine.geometry.grid import Grid
 from ..engine.geometry.layout import OVERLAPS
 from ..engine.proxy.latents import require_proxy, upscale_proxy
 from ..engine.proxy.structure import apply_structure_guidance
+from .limits import within_limits
 from .types import CATEGORY, GuideLoraType, PlanType, memory_budget_input
 
 
@@ -31,6 +32,7 @@ class AtlasVidDetailLatent(io.ComfyNode):
         )
 
     @classmethod
+    @within_limits
     def execute(cls, plan, proxy) -> io.NodeOutput:
         require_proxy(proxy["samples"], plan)
         return io.NodeOutput({"samples": upscale_proxy(proxy["samples"], plan)})
@@ -174,6 +176,7 @@ class AtlasVidHierarchicalAttention(io.ComfyNode):
         )
 
     @classmethod
+    @within_limits
     def execute(
         cls,
         model,
@@ -248,6 +251,7 @@ class AtlasVidStructureGuidance(io.ComfyNode):
         )
 
     @classmethod
+    @within_limits
     def execute(cls, model, plan, proxy, strength, end_percent) -> io.NodeOutput:
         guided = apply_structure_guidance(
             model, plan, proxy["samples"], strength=strength, end_percent=end_percent

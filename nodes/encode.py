@@ -1,13 +1,15 @@
 """Pixels to latents: exact tiles, bounded memory."""
 
-import torch
 from comfy_api.latest import io
 
-from ..engine.comfyui import management, models
+from ..engine.comfyui import models
+from ..engine.geometry.grid import Grid
+from ..engine.proxy.latents import empty_latent
 from ..engine.vae.encode import encode_frames, start_image_latents
 from ..engine.vae.sources import frame_source
 from ..engine.vae.wan import latent_count
 from .decode import TILE_MEMORY
+from .limits import within_limits
 from .types import CATEGORY, memory_budget_input
 
 
@@ -37,6 +39,7 @@ class AtlasVidEncode(io.ComfyNode):
         )
 
     @classmethod
+    @within_limits
     def execute(cls, pixels, vae, memory_budget="auto") -> io.NodeOutput:
         latent = encode_frames(vae, frame_source(pixels), budget=memory_budget)
         return io.NodeOutput({"samples": latent})
@@ -94,6 +97,7 @@ class AtlasVidImageToVideo(io.ComfyNode):
         )
 
     @classmethod
+    @within_limits
     def execute(
         cls,
         positive,
@@ -106,16 +110,13 @@ class AtlasVidImageToVideo(io.ComfyNode):
         memory_budget="auto",
         clip_vision_output=None,
     ) -> io.NodeOutput:
+        empty = empty_latent(16, Grid(latent_count(frames), height // 8, width // 8))
         image, mask = start_image_latents(
             vae, start_image, width=width, height=height, frames=frames, budget=memory_budget
         )
         shown = {"concat_latent_image": image, "concat_mask": mask}
         if clip_vision_output is not None:
             shown["clip_vision_output"] = clip_vision_output
-        empty = torch.zeros(
-            (1, 16, latent_count(frames), height // 8, width // 8),
-            device=management.intermediate_device(),
-        )
         return io.NodeOutput(
             models.set_conditioning(positive, shown),
             models.set_conditioning(negative, shown),

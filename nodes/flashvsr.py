@@ -8,6 +8,7 @@ from ..engine.flashvsr.projection import VERSIONS
 from ..engine.flashvsr.selection import Sparsity
 from ..engine.flashvsr.tc_decoder import decode_to_video
 from ..engine.flashvsr.video import DECODERS, upscaled_video
+from .limits import within_limits
 from .types import CATEGORY, FlashVSRType, memory_budget_input
 
 VSR_MEMORY = (
@@ -73,6 +74,7 @@ class AtlasVidFlashVSRLoader(io.ComfyNode):
         )
 
     @classmethod
+    @within_limits
     def execute(cls, transformer, projection, prompt, tc_decoder, version) -> io.NodeOutput:
         return io.NodeOutput(
             load_flashvsr(
@@ -220,6 +222,7 @@ class AtlasVidFlashVSR(io.ComfyNode):
         )
 
     @classmethod
+    @within_limits
     def execute(
         cls,
         flashvsr,
@@ -337,6 +340,7 @@ class AtlasVidTCDecode(io.ComfyNode):
         )
 
     @classmethod
+    @within_limits
     def execute(
         cls,
         samples,

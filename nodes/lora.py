@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..engine.comfyui import server
 from ..engine.lora.guide import load_guide_lora
+from .limits import within_limits
 from .types import CATEGORY, GuideLoraType
 
 
@@ -41,5 +42,6 @@ class AtlasVidGuideLoRA(io.ComfyNode):
         )
 
     @classmethod
+    @within_limits
     def execute(cls, lora, strength) -> io.NodeOutput:
         return io.NodeOutput(load_guide_lora(server.lora_path(lora), strength=strength))

@@ -1,11 +1,21 @@
 """The plan of a video."""
 
-import torch
 from comfy_api.latest import io
 
 from ..engine.estimate.overview import shape_record
 from ..engine.families.family import latent_space
-from ..engine.geometry.plan import MAX_SIDE, MAX_STRIDE, MIN_SIDE, make_plan
+from ..engine.geometry.plan import (
+    MAX_FPS,
+    MAX_SECONDS,
+    MAX_SIDE,
+    MAX_STRIDE,
+    MIN_FPS,
+    MIN_SECONDS,
+    MIN_SIDE,
+    make_plan,
+)
+from ..engine.proxy.latents import empty_latent
+from .limits import within_limits
 from .types import CATEGORY, PlanType
 
 
@@ -41,16 +51,16 @@ class AtlasVidPlan(io.ComfyNode):
                 io.Float.Input(
                     "seconds",
                     default=10.0,
-                    min=0.05,
-                    max=600.0,
+                    min=MIN_SECONDS,
+                    max=MAX_SECONDS,
                     step=0.1,
                     tooltip="Length of the finished video.",
                 ),
                 io.Float.Input(
                     "fps",
                     default=16.0,
-                    min=1.0,
-                    max=120.0,
+                    min=MIN_FPS,
+                    max=MAX_FPS,
                     step=1.0,
                     tooltip="Frames per second of the finished video. Wan 2.1 was trained at 16.",
                 ),
@@ -83,6 +93,7 @@ class AtlasVidPlan(io.ComfyNode):
         )
 
     @classmethod
+    @within_limits
     def execute(
         cls, model, width, height, seconds, fps, proxy_short_side, temporal_stride
     ) -> io.NodeOutput:
@@ -96,10 +107,9 @@ class AtlasVidPlan(io.ComfyNode):
             proxy_short_side=proxy_short_side,
             temporal_stride=temporal_stride,
         )
-        empty = torch.zeros(1, space.channels, *plan.proxy_latent)
         return io.NodeOutput(
             plan,
-            {"samples": empty},
+            {"samples": empty_latent(space.channels, plan.proxy_latent)},
             plan.width,
             plan.height,
             plan.frames,

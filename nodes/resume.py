@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..engine.resume.ending import KEEP, WHEN_DONE
 from ..engine.resume.run import MIN_LIMIT_GB, apply_resume
+from .limits import within_limits
 from .types import CATEGORY
 
 
@@ -58,6 +59,7 @@ class AtlasVidResume(io.ComfyNode):
         )
 
     @classmethod
+    @within_limits
     def execute(cls, model, name="", disk_limit_gb=20.0, when_done=KEEP) -> io.NodeOutput:
         kept = apply_resume(
             model,

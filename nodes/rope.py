@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..engine.proxy.frequencies import METHODS, apply_rope_method
+from .limits import within_limits
 from .types import CATEGORY, PlanType
 
 
@@ -54,6 +55,7 @@ class AtlasVidRoPE(io.ComfyNode):
         )
 
     @classmethod
+    @within_limits
     def execute(cls, model, temporal_scale, spatial_scale, method, plan=None) -> io.NodeOutput:
         scaled = apply_rope_method(
             model,

@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..engine.families.tiny import random_family, trained_family
 from ..engine.flashvsr.tiny import random_flashvsr, trained_flashvsr
+from .limits import within_limits
 from .types import CATEGORY, FlashVSRType, GuideLoraType
 
 
@@ -56,6 +57,7 @@ class AtlasVidTinyModels(io.ComfyNode):
         )
 
     @classmethod
+    @within_limits
     def execute(cls, seed, weights="trained") -> io.NodeOutput:
         if weights == "trained":
             return io.NodeOutput(*trained_family(), trained_flashvsr())

@@ -15,6 +15,7 @@ from ..engine.training.curve import LossPreview, as_image, draw_losses
 from ..engine.training.job import comfyui_job, train
 from ..engine.training.objective import NoiseLevels
 from ..engine.training.trainer import OPTIMIZERS, PRECISIONS, TrainSettings
+from .limits import within_limits
 from .types import CATEGORY, GuideLoraType, PlanType
 
 NOT_A_GUIDE = "Stage proxy makes an ordinary LoRA: use the lora output, or LoraLoaderModelOnly."
@@ -171,6 +172,7 @@ class AtlasVidTrainLoRA(io.ComfyNode):
         return folder_state(named_folder(folder[0])) if folder[0] else ""
 
     @classmethod
+    @within_limits
     def execute(
         cls, model, clip, vae, plan, window, shift, sigma_min, sigma_max, folder, name,
         cuts_per_clip, resume, videos=(), captions=(), **chosen,

@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))
+from environment import sharing_cores, threads
 from pack_loader import load_comfyui, load_pack
+
+os.environ.update(sharing_cores())  # before PyTorch is imported
+
+
+def pytest_report_header():
+    return f"PyTorch: up to {threads()} threads, which sleep while they wait for each other"
+
 
 COMFYUI = Path(os.environ.get("COMFYUI_PATH", ""))
 if not (COMFYUI / "comfy").is_dir():

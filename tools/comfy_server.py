@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from environment import ROOT, SetupError
+from environment import ROOT, SetupError, sharing_cores
 from websocket_client import WebSocket
 
 PACK = "atlasvid"
@@ -187,7 +186,7 @@ def running(
             stdout=record,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**sharing_cores(), "PYTHONUNBUFFERED": "1"},
         )
     server = Server(process, port, log)
     try:

@@ -29,6 +29,7 @@ from environment import (
     prepare,
     say,
     stop_on_errors,
+    threads,
 )
 from workflow import WorkflowError, to_prompt
 
@@ -184,7 +185,7 @@ def demo() -> int:
             make_folder(base)
         if own_comfyui(options.comfyui):
             flags += comfy_server.share_models(base, comfyui)
-        say(f"starting ComfyUI ({comfyui}) with {python}")
+        say(f"starting ComfyUI ({comfyui}) with {python}, PyTorch on up to {threads()} threads")
         begun = time.monotonic()
         with comfy_server.running(
             python, comfyui, base, port=options.port, options=tuple(flags)

@@ -363,6 +363,26 @@ def unpack(archive: Path, inside: PurePosixPath, target: Path) -> None:
                 shutil.copyfileobj(source, sink)
 
 
+# --- Cores that others use too --------------------------------------------------------------
+
+
+def threads() -> int:
+    """How many threads PyTorch takes at most in a process that is started from here."""
+    if (named := os.environ.get("OMP_NUM_THREADS", "")).isdigit():
+        return int(named)
+    usable = getattr(os, "sched_getaffinity", None)
+    return len(usable(0)) if usable else os.cpu_count() or 1
+
+
+def sharing_cores() -> dict[str, str]:
+    """The environment for a process that computes with PyTorch beside other programs.
+
+    By default its threads spin while they wait for each other; where another program holds a core,
+    that makes them ten times slower than threads that sleep.
+    """
+    return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+
+
 # --- The whole ------------------------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ from environment import (
     missing_venv_package,
     prepare,
     say,
+    sharing_cores,
     stop_on_errors,
 )
 
@@ -56,7 +57,7 @@ def provide_system_packages() -> None:
 def run(*command: str | Path, **environment: str) -> int:
     say(" ".join(str(part) for part in command[2:]))
     return subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **environment}, check=False
+        command, cwd=ROOT, env={**sharing_cores(), **environment}, check=False
     ).returncode
 
 

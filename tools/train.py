@@ -12,14 +12,22 @@ random models. The first run fetches a ComfyUI and an environment where there is
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 from comfy_server import has_accelerator
 from demo import own_comfyui, own_python
-from environment import COMFYUI, SetupError, cache_folder, prepare, say, stop_on_errors
+from environment import (
+    COMFYUI,
+    SetupError,
+    cache_folder,
+    prepare,
+    say,
+    sharing_cores,
+    stop_on_errors,
+    threads,
+)
 
 DECODER = "tc-decoder"
 TINY = "tiny"
@@ -149,8 +157,9 @@ def train() -> int:
     command += ["--output", str((options.output or results).expanduser().resolve())]
     work = options.work or cache_folder() / "training"
     command += ["--work", str(work.expanduser().resolve())]
-    environment = {**os.environ, "COMFYUI_PATH": str(comfyui)}
-    say(f"training with {python} in {comfyui}" + (" on the CPU" if cpu else ""))
+    environment = {**sharing_cores(), "COMFYUI_PATH": str(comfyui)}
+    on = f" on the CPU with up to {threads()} threads" if cpu else ""
+    say(f"training with {python} in {comfyui}{on}")
     process = subprocess.Popen(command, env=environment)
     try:
         return process.wait()

@@ -3,6 +3,7 @@
 const SVG = "http://www.w3.org/2000/svg";
 const WIDTH = 360;
 const FRAME_HEIGHT = 130;
+const MOST_TICKS = 180; // closer ones would be one bar
 const COLOURS = { target: "#a1309b", proxy: "#5a9e5a", even: "#c9a0dc", odd: "#e0b050", text: "#bbb" };
 
 function svg(tag, attributes, text) {
@@ -62,7 +63,7 @@ function timeline({ target, proxy, windows }, top) {
       group.append(line(x, parity * 6, x, parity * 6 + 6, colour, { class: "cut" }));
     }
   const step = span / Math.max(1, proxy.frames - 1);
-  for (let i = 0; i < proxy.frames; i++)
+  for (let i = 0; i < proxy.frames; i += Math.ceil(proxy.frames / MOST_TICKS))
     group.append(line(i * step, 15, i * step, 21, COLOURS.proxy, { "stroke-width": 1 }));
   group.append(
     label(0, 33, `${target.frames} frames, ${target.seconds.toFixed(1)} s at ${target.fps} fps`),

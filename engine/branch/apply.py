@@ -75,6 +75,8 @@ def apply_detail_branch(
         )
     if guide_margin < 0:
         raise ValueError(f"guide_margin is {guide_margin}; give 0 or more guide tokens.")
+    if keep_blocks < 0:
+        raise ValueError(f"keep_blocks is {keep_blocks}; give 0 for all, or more.")
     layout = Layout(plan, window, overlap, guide_margin)
     habits = guide_lora.habits if guide_lora else None
     weight = preset_guide_weight(guide_weight, habits, *layout.keys)
@@ -132,7 +134,14 @@ class DetailBranch:
         given.require_known()
         run, net = run_of(given.options), executor.class_obj
         branch = DetailForward(net, self.family, self.settings, run, given.options)
-        return branch(x, timestep, given)
+        predicted = branch(x, timestep, given)
+        if not predicted.isfinite().all() and x.isfinite().all():
+            raise ValueError(
+                "The model's prediction contains NaN or infinite values, so the video would be of "
+                "one colour. Check the model's file, its precision and the strengths of its LoRAs "
+                "and of the guide's."
+            )
+        return predicted
 
     def prepare(self, executor: Any, patcher: Any, noise_shape: Any, *args: Any, **kw: Any) -> Any:
         """PREPARE_SAMPLING wrapper: loads weights beside what this forward needs, no more."""

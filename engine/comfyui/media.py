@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +18,7 @@ import comfy.ldm.wan.vae2_2
 import comfy.sd
 import comfy.utils
 import torch
+from av.error import FFmpegError, InvalidDataError
 from comfy_api.latest import Input, InputImpl, Types
 from torch import Tensor
 
@@ -90,17 +93,44 @@ def encode_video(components: Any, target: Any, bit_depth: int, **choices: Any) -
     VideoFromComponents(components).save_to(target, **choices)
 
 
+class _WatchedPacket:
+    """A packet that remembers damage, which the core's conversion passes over."""
+
+    def __init__(self, packet: Any, damaged: list[float]) -> None:
+        self._packet = packet
+        self._damaged = damaged
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._packet, name)
+
+    def decode(self) -> list[Any]:
+        packet = self._packet
+        if packet.is_corrupt:  # the file ends within it
+            self._note()
+        try:
+            return packet.decode()
+        except InvalidDataError:
+            self._note()
+            raise
+
+    def _note(self) -> None:
+        packet = self._packet
+        place = packet.pts if packet.pts is not None else packet.dts
+        self._damaged.append(float((place or 0) * (packet.time_base or 0)))
+
+
 class _PartOfContainer:
     """A video container that is read on where the last reading ended, `size` items at a time.
 
     The core's own conversion of a file to images takes an open container; given this one, it
-    converts a few frames per call.
+    converts a few frames per call. `damaged` are the times in seconds of what cannot be decoded.
     """
 
     def __init__(self, container: Any, size: int) -> None:
         self.streams = SimpleNamespace(video=container.streams.video, audio=())
         self.metadata = container.metadata
         self.exhausted = False
+        self.damaged: list[float] = []
         self._container = container
         self._size = size
         self._items: Iterator[Any] | None = None
@@ -111,7 +141,7 @@ class _PartOfContainer:
             self._container.seek(*place, **options)
 
     def demux(self, *streams: Any) -> list[Any]:
-        return self._next(self._container.demux, streams)
+        return [_WatchedPacket(p, self.damaged) for p in self._next(self._container.demux, streams)]
 
     def decode(self, *streams: Any) -> list[Any]:
         return self._next(self._container.decode, streams)
@@ -125,12 +155,25 @@ class _PartOfContainer:
 
 
 def video_batches(video: Any, size: int) -> Iterator[Tensor]:
-    """The images of a video file, as its `get_components` gives them, about `size` at a time."""
-    with av.open(video.get_stream_source(), mode="r") as container:
+    """The images of a video file, as its `get_components` gives them, about `size` at a time.
+
+    Raises:
+        ValueError: it is no video, or a part of it cannot be decoded. The core leaves such a part
+            out, which shows as a jump in the middle, or as an end that comes too soon.
+    """
+    with _video_errors(video), av.open(video.get_stream_source(), mode="r") as container:
+        if not container.streams.video:
+            raise ValueError(f"{video_name(video)} holds no pictures. Choose another file.")
         part = _PartOfContainer(container, size)
         started = False
         while not part.exhausted:
             images = video.get_components_internal(part).images
+            if part.damaged:
+                raise ValueError(
+                    f"{video_name(video)} is damaged at {part.damaged[0]:.2f} s: frames there "
+                    "cannot be decoded. Copy or download it again; or repair it, which leaves them "
+                    "out, with: ffmpeg -i damaged.mp4 repaired.mp4"
+                )
             if len(images) > 0:
                 started = True
                 yield images
@@ -160,8 +203,40 @@ class _SoundOfContainer:
 
 def video_sound(video: Any) -> Any:
     """The AUDIO of a video file, as its `get_components` gives it, or None."""
-    with av.open(video.get_stream_source(), mode="r") as container:
+    with _video_errors(video), av.open(video.get_stream_source(), mode="r") as container:
         return video.get_components_internal(_SoundOfContainer(container)).audio
+
+
+def video_name(video: Any) -> str:
+    """What to call a video file in a message."""
+    source = video.get_stream_source()
+    return Path(source).name if isinstance(source, str) else "The video"
+
+
+@contextmanager
+def _video_errors(video: Any) -> Iterator[None]:
+    """FFmpeg's errors in an artist's words.
+
+    Raises:
+        ValueError: in their place.
+    """
+    try:
+        yield
+    except (FFmpegError, OSError) as error:
+        raise ValueError(
+            f"{video_name(video)} cannot be read as a video ({error.strerror or error}): it is "
+            "empty, cut short, damaged or no video. Copy or download it again, or choose another."
+        ) from error
+
+
+def frame_count(video: Any) -> int:
+    """Frames of a video file, as its header tells.
+
+    Raises:
+        ValueError: see `video_batches`.
+    """
+    with _video_errors(video):
+        return video.get_frame_count()
 
 
 def scale_and_crop(images: Tensor, width: int, height: int) -> Tensor:

@@ -1,10 +1,18 @@
-"""A memory budget as the artist writes it."""
+"""Sizes of memory in words: as the artist writes a budget, and as messages say them."""
 
 from __future__ import annotations
 
 GIB = 2**30
 AUTO = "auto"
 BUDGETS = (AUTO, "1 GB", "2 GB", "3 GB", "4 GB", "6 GB", "8 GB", "12 GB", "16 GB", "24 GB")
+
+
+def size(count: float) -> str:
+    """Bytes in words: 12.3 GiB, 340 MiB, 7 KiB."""
+    for unit, digits, name in ((GIB, 1, "GiB"), (2**20, 0, "MiB"), (2**10, 0, "KiB")):
+        if count >= unit:
+            return f"{count / unit:.{digits}f} {name}"
+    return f"{count:.0f} bytes"
 
 
 def parse_budget(budget: str) -> int | None:

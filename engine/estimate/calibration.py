@@ -7,6 +7,7 @@ layers, because small matrices run far below a device's best rate.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..comfyui import management, media, models, server
+from ..log import log
 from ..vae.cpu import residual_block
 from .cost import ModelShape, Rates
 
@@ -37,15 +39,22 @@ def rates_of(shape: ModelShape, file: Path | None = None) -> Rates:
     device = management.compute_device()
     rates = measure(shape, device, management.compute_dtype(device))
     known = _read(file) | {_key(shape): asdict(rates)}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(known, indent=1) + "\n", "utf-8")
+    try:
+        _write(file, json.dumps(known, indent=1) + "\n")
+    except OSError as error:  # it is measured again next time
+        log.warning("The measurement of this machine could not be kept: %s", error)
     return rates
 
 
 def known_rates(shape: ModelShape, file: Path | None = None) -> Rates | None:
     """The rates measured before, or None."""
     found = _read(file or calibration_file()).get(_key(shape))
-    return Rates(**found) if found else None
+    try:
+        rates = Rates(**found)  # type: ignore[arg-type]
+        usable = all(0 < rate < math.inf for rate in asdict(rates).values())
+    except TypeError:  # never measured, or written by something else
+        return None
+    return rates if usable else None
 
 
 def _key(shape: ModelShape) -> str:
@@ -62,9 +71,21 @@ def calibration_file() -> Path:
 def _read(file: Path) -> dict[str, dict[str, float]]:
     """What was measured before; nothing where the file is missing or broken."""
     try:
-        return json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):
+        found = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write(file: Path, text: str) -> None:
+    """Whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_name(f".{file.name}.part")
+    try:
+        scratch.write_text(text, "utf-8")
+        scratch.replace(file)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 @torch.no_grad()

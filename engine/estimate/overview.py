@@ -5,29 +5,54 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..branch.progress import duration
-from ..branch.settings import preset_guide_noise, preset_window
+from ..branch.settings import GUIDE_NOISE, preset_guide_noise, preset_window, require_choice
 from ..comfyui import management, models, server
 from ..device import copies
 from ..device.budget import AUTO
 from ..families.family import family_of
 from ..geometry import space
 from ..geometry.grid import Grid
+from ..geometry.layout import OVERLAPS
 from ..geometry.plan import Plan, make_plan
 from ..geometry.windows import cuts
 from ..lora.guide import Habits
 from . import calibration, cost
+from .calibration import HEAD
 from .cost import ModelShape, Settings
 
 WAN21_SPACE = space.LatentSpace(channels=16, spatial=8, temporal=4, patch=(1, 2, 2))
 WAN22_SPACE = space.LatentSpace(channels=48, spatial=16, temporal=4, patch=(1, 2, 2))
 WAN22_CHANNELS = 48
 TINY_NODE = "AtlasVidTinyModels"
+MOST_LINES = 48
+"""Of windows along one axis that the picture draws; of more, every second or third is drawn."""
+MALFORMED = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    StopIteration,
+    TypeError,
+    ValueError,
+)
+"""What reading sizes out of somebody's JSON can raise."""
+SHAPE_RANGES = {
+    "dim": (HEAD, 8_192),
+    "ffn_dim": (1, 32_768),
+    "layers": (1, 256),
+    "in_dim": (1, 1_024),
+    "out_dim": (1, 1_024),
+    "weight_bytes": (0, 2**44),
+    "text_tokens": (1, 8_192),
+    "vae_channels": (1, 1_024),
+}
+"""Sizes of any model that there could be: what lies outside is no model's shape."""
 
 
 def overview(query: Mapping[str, str]) -> dict[str, Any]:
@@ -45,12 +70,12 @@ def overview(query: Mapping[str, str]) -> dict[str, Any]:
     space = WAN22_SPACE if shape.out_dim == WAN22_CHANNELS else WAN21_SPACE
     plan = make_plan(
         space,
-        int(_number(query, "width")),
-        int(_number(query, "height")),
+        _whole(query, "width"),
+        _whole(query, "height"),
         _number(query, "seconds"),
         _number(query, "fps"),
-        int(_number(query, "proxy_short_side")),
-        int(_number(query, "temporal_stride")),
+        _whole(query, "proxy_short_side"),
+        _whole(query, "temporal_stride"),
     )
     settings = _settings(query, plan)
     rates = calibration.known_rates(shape)
@@ -80,11 +105,11 @@ def this_machine() -> cost.Machine:
 
 
 def picture(plan: Plan, settings: Settings) -> dict[str, Any]:
-    """Sizes and cuts to draw, in pixels and seconds."""
+    """Sizes and cuts to draw, in pixels and seconds; a few hundred numbers for any plan."""
     unit = plan.space.spatial * plan.space.patch[1]
     window = settings.layout(plan).window
     frames, rows, columns = (
-        [list(cuts(n, w, shifted)) for shifted in (False, True)]
+        [_drawn(cuts(n, w, shifted)) for shifted in (False, True)]
         for n, w in zip(plan.tokens, window, strict=True)
     )
     return {
@@ -108,6 +133,12 @@ def picture(plan: Plan, settings: Settings) -> dict[str, Any]:
             "latent_frames": plan.tokens.frames,
         },
     }
+
+
+def _drawn(borders: Sequence[int]) -> list[int]:
+    """The borders of an axis, from its first to its last, with few enough between them to see."""
+    every = -(-len(borders) // MOST_LINES)
+    return [*borders[:-1:every], borders[-1]]
 
 
 def figures(
@@ -199,33 +230,47 @@ def shape_of_file(file: Path) -> ModelShape | None:
     try:
         with file.open("rb") as opened:
             (length,) = struct.unpack("<Q", opened.read(8))
-            header = json.loads(opened.read(length)) if length < 100 * 2**20 else {}
-    except (OSError, ValueError, struct.error):
+            head = opened.read(length) if length < 100 * 2**20 else b""
+        header = json.loads(head) if len(head) == length else {}
+        return _named(_shape_of_header(header, file))
+    except (OSError, struct.error, *MALFORMED):
         return None
+
+
+def _shape_of_header(header: Any, file: Path) -> ModelShape:
+    """Raises one of MALFORMED for the header of another file, or one that lies."""
     sizes = {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
-    mark = next((name for name in sizes if name.endswith("head.modulation")), None)
-    if mark is None:
-        return None
+    mark = next(name for name in sizes if name.endswith("head.modulation"))
     prefix = mark.removesuffix("head.modulation")
-    try:
-        patch, head = sizes[f"{prefix}patch_embedding.weight"], sizes[f"{prefix}head.head.weight"]
-        layers = {
-            name.split(".")[prefix.count(".") + 1] for name in sizes if ".ffn.0.weight" in name
-        }
-        ffn_dim = sizes[f"{prefix}blocks.0.ffn.0.weight"][0]
-    except (KeyError, IndexError):
-        return None
-    return _named(
-        ModelShape(
-            dim=sizes[mark][-1],
-            ffn_dim=ffn_dim,
-            layers=len(layers),
-            in_dim=patch[1],
-            name=file.stem,
-            out_dim=head[0] // 4,
-            weight_bytes=file.stat().st_size,
-        )
+    layers = {name.split(".")[prefix.count(".") + 1] for name in sizes if ".ffn.0.weight" in name}
+    return checked_shape(
+        dim=sizes[mark][-1],
+        ffn_dim=sizes[f"{prefix}blocks.0.ffn.0.weight"][0],
+        layers=len(layers),
+        in_dim=sizes[f"{prefix}patch_embedding.weight"][1],
+        name=file.stem,
+        out_dim=sizes[f"{prefix}head.head.weight"][0] // 4,
+        weight_bytes=file.stat().st_size,
     )
+
+
+def checked_shape(name: str = "", **sizes: int) -> ModelShape:
+    """A shape that some model could have.
+
+    Raises:
+        TypeError: a size is missing, unknown or no whole number.
+        ValueError: a size is outside of SHAPE_RANGES.
+    """
+    for key, value in sizes.items():
+        low, high = SHAPE_RANGES.get(key, (0, 0))
+        if type(value) is not int or not isinstance(name, str):
+            raise TypeError(f"{key} is no whole number")
+        if not low <= value <= high:
+            raise ValueError(f"{key} is outside of {low} to {high}")
+    shape = ModelShape(name=name[:100], **sizes)
+    if shape.dim % HEAD:
+        raise ValueError(f"dim is no multiple of {HEAD}")
+    return shape
 
 
 def _named(shape: ModelShape) -> ModelShape:
@@ -240,8 +285,8 @@ def _shape(query: Mapping[str, str]) -> tuple[ModelShape, bool]:
     """The model's shape, and whether it had to be assumed."""
     if record := query.get("shape"):
         try:
-            return ModelShape(**json.loads(record)), False
-        except (TypeError, ValueError):
+            return checked_shape(**json.loads(record)), False
+        except MALFORMED:
             raise ValueError(f"shape is not a model's shape: {record[:80]}") from None
     name = query.get("model", "")
     if name == TINY_NODE:
@@ -257,28 +302,40 @@ def _shape(query: Mapping[str, str]) -> tuple[ModelShape, bool]:
 def _settings(query: Mapping[str, str], plan: Plan) -> Settings:
     """How the graph samples; `auto` as for a guide LoRA of the usual kind, whose file is unread."""
     habits = Habits() if query.get("guide_lora") == "1" else None
-    custom = Grid(*(int(_number(query, f"window.{side}", "1")) for side in Grid._fields))
+    custom = Grid(*(_whole(query, f"window.{side}", 1) for side in Grid._fields))
     window = preset_window(query.get("window", AUTO), plan, custom, habits)
     standard = Settings(window)
+    overlap = query.get("overlap", standard.overlap)
+    guide_noise = preset_guide_noise(query.get("guide_noise", AUTO), habits)
+    require_choice("overlap", overlap, OVERLAPS)
+    require_choice("guide_noise", guide_noise, GUIDE_NOISE)
     return Settings(
         window,
-        query.get("overlap", standard.overlap),
-        preset_guide_noise(query.get("guide_noise", AUTO), habits),
-        int(_number(query, "proxy_evaluations", str(standard.proxy_evaluations))),
-        int(_number(query, "detail_evaluations", str(standard.detail_evaluations))),
+        overlap,
+        guide_noise,
+        _whole(query, "proxy_evaluations", standard.proxy_evaluations),
+        _whole(query, "detail_evaluations", standard.detail_evaluations),
         query.get("streamed", "1") == "1",
-        int(_number(query, "guide_margin", "0")),
-        int(_number(query, "kept_proxy_steps", "0")),
-        int(_number(query, "kept_detail_steps", "0")),
+        _whole(query, "guide_margin", 0),
+        _whole(query, "kept_proxy_steps", 0),
+        _whole(query, "kept_detail_steps", 0),
     )
 
 
-def _number(query: Mapping[str, str], name: str, standard: str | None = None) -> float:
+def _whole(query: Mapping[str, str], name: str, standard: int | None = None) -> int:
+    """A count; none of the query's is negative."""
+    value = int(_number(query, name, standard))
+    if value < 0:
+        raise ValueError(f"{name} is {value}; it must be 0 or more.")
+    return value
+
+
+def _number(query: Mapping[str, str], name: str, standard: float | None = None) -> float:
     given = query.get(name, standard)
     try:
         value = float(given)  # type: ignore[arg-type]
     except (TypeError, ValueError):
-        raise ValueError(f"{name} is {given!r}; it must be a number.") from None
+        raise ValueError(f"{name} is {str(given)[:60]!r}; it must be a number.") from None
     if not math.isfinite(value) or abs(value) > 1e9:
         raise ValueError(f"{name} is {given}; it must be a finite number.")
     return value

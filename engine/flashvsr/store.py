@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..vae.scratch import require_space, scratch_name, sweep
+from ..vae.scratch import full_disk_named, require_space, scratch_name, sweep
 
 
 class LatentFile:
@@ -42,9 +42,11 @@ class LatentFile:
         _, channels, frames, height, width = self.shape
         plane = 4 * height * width
         data = latent.float().cpu().contiguous()
-        for channel in range(channels):
-            self._file.seek((channel * frames + first) * plane)
-            self._file.write(data[0, channel].reshape(-1).view(torch.uint8).numpy().data)
+        with full_disk_named(self.path.parent, "Keeping the latent of this clip"):
+            for channel in range(channels):
+                self._file.seek((channel * frames + first) * plane)
+                self._file.write(data[0, channel].reshape(-1).view(torch.uint8).numpy().data)
+            self._file.flush()  # here, not when it is closed
 
     def tensor(self) -> Tensor:
         """All of it; reading it takes memory only while the system has some."""

@@ -12,6 +12,8 @@ from .windows import COMPACT, trained_size
 
 MIN_SIDE, MAX_SIDE = 128, 8192
 MAX_STRIDE = 8
+MIN_SECONDS, MAX_SECONDS = 0.05, 600.0
+MIN_FPS, MAX_FPS = 1.0, 120.0
 TRAINED_FRAMES = 81
 """Frames of the clips that Wan was trained on."""
 
@@ -120,10 +122,8 @@ def make_plan(
     _require_range("height", height, MIN_SIDE, MAX_SIDE)
     _require_range("proxy_short_side", proxy_short_side, MIN_SIDE, MAX_SIDE)
     _require_range("temporal_stride", temporal_stride, 1, MAX_STRIDE)
-    if not (math.isfinite(fps) and fps > 0):
-        raise ValueError(f"fps is {fps}; it must be above 0, for example 16.")
-    if not (math.isfinite(seconds) and seconds > 0):
-        raise ValueError(f"seconds is {seconds}; a video needs a length above 0, for example 10.")
+    _require_range("fps", fps, MIN_FPS, MAX_FPS)
+    _require_range("seconds", seconds, MIN_SECONDS, MAX_SECONDS)
 
     target_width, target_height = _nearest(width, 16), _nearest(height, 16)
     if (target_width, target_height) != (width, height):
@@ -172,9 +172,9 @@ def make_plan(
     )
 
 
-def _require_range(name: str, value: int, low: int, high: int) -> None:
+def _require_range(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
-        raise ValueError(f"{name} is {value}; allowed is {low} to {high}.")
+        raise ValueError(f"{name} is {value:g}; allowed is {low:g} to {high:g}.")
 
 
 def _round_half_up(value: float) -> int:

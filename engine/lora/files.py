@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -17,6 +19,9 @@ FACTOR = re.compile(
     r"^(?P<layer>.+?)[._]lora(?:_linear_layer)?[._](?P<side>A|B|down|up)"
     r"(?:\.(?!weight$)\w+)?(?:\.weight)?$"
 )
+
+
+BROKEN = "The file is broken: download it again, or save it anew with the tool that made it."
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ def read_lora(path: str | Path) -> LoraFile:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path.name} cannot be read ({error}). Download it again.") from error
-    changes, unread = pairs_of(tensors, default_alpha(path, metadata))
+    changes, unread = pairs_of(tensors, default_alpha(path, metadata), path.name)
     if not changes:
         raise ValueError(
             f"{path.name} holds no LoRA: none of its {len(tensors)} tensors is half of a low-rank "
@@ -74,12 +79,15 @@ def read_lora(path: str | Path) -> LoraFile:
 
 
 def pairs_of(
-    tensors: Mapping[str, Tensor], alpha: float | None = None
+    tensors: Mapping[str, Tensor], alpha: float | None = None, file: str = "The LoRA"
 ) -> tuple[dict[str, LowRank], tuple[str, ...]]:
     """Low-rank pairs by layer name, and the keys that belong to none.
 
     Args:
         alpha: for layers without an `.alpha` of their own; None means alpha = rank.
+
+    Raises:
+        ValueError: a pair of rank 0, or numbers that are not finite.
     """
     halves: dict[str, dict[str, str]] = {}
     for key, tensor in tensors.items():
@@ -98,10 +106,34 @@ def pairs_of(
         given = alpha
         if own in tensors:
             used.add(own)
-            given = float(tensors[own])
+            given = _single(tensors[own], f"{file}: {own}")
         rank = len(down)
+        if rank == 0:
+            raise ValueError(f"{file}: {layer} has rank 0 and changes nothing. {BROKEN}")
+        if not (_is_finite(down) and _is_finite(up)):
+            raise ValueError(f"{file}: {layer} contains NaN or infinite values. {BROKEN}")
         changes[layer] = LowRank(down, up, (rank if given is None else given) / rank)
     return changes, tuple(sorted(set(tensors) - used))
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(tensor.float().isfinite().all())  # 8-bit floats have no test of their own
+
+
+def _single(alpha: Any, name: str) -> float:
+    """One finite number, from a tensor or from JSON.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        value = float(alpha)
+    except (RuntimeError, TypeError, ValueError):
+        given = f"of shape {list(alpha.shape)}" if isinstance(alpha, Tensor) else f"{alpha!r:.60}"
+        raise ValueError(f"{name} is {given}; it must be one number. {BROKEN}") from None
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; it must be finite. {BROKEN}")
+    return value
 
 
 def default_alpha(path: Path, metadata: Mapping[str, str]) -> float | None:
@@ -114,16 +146,30 @@ def default_alpha(path: Path, metadata: Mapping[str, str]) -> float | None:
     """
     config = path.with_name("adapter_config.json")
     if path.name == "adapter_model.safetensors" and config.is_file():
-        saved = json.loads(config.read_text("utf-8"))
-        alpha = float(saved["lora_alpha"])
+        saved = _json_object(config.read_text("utf-8", errors="replace"), config.name)
+        alpha = _single(saved.get("lora_alpha"), f"{config.name}: lora_alpha")
         if saved.get("alpha_pattern") or (saved.get("use_rslora") and saved.get("rank_pattern")):
             raise ValueError(
                 f"{config.name} gives layers scales of their own, which are not read. Save it "
                 "with one alpha and rank for all layers."
             )
-        return alpha * saved["r"] ** 0.5 if saved.get("use_rslora") else alpha
+        if not saved.get("use_rslora"):
+            return alpha
+        return alpha * max(0.0, _single(saved.get("r"), f"{config.name}: r")) ** 0.5
     if "lora_adapter_metadata" in metadata:
-        saved = json.loads(metadata["lora_adapter_metadata"])
+        where = f"{path.name}: lora_adapter_metadata"
+        saved = _json_object(metadata["lora_adapter_metadata"], where)
         found = [value for key, value in saved.items() if key.split(".")[-1] == "lora_alpha"]
-        return float(found[0]) if found else None
+        return _single(found[0], f"{where}: lora_alpha") if found else None
     return None
+
+
+def _json_object(text: str, name: str) -> dict[str, Any]:
+    """Raises ValueError where a text is no JSON object."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{name} is no JSON object. {BROKEN}")
+    return found

@@ -67,7 +67,7 @@ class Recipe:
             if weight is not None and not (math.isfinite(weight) and weight > 0):
                 raise ValueError(f"guide_weight is {weight}")
             return cls(window=Grid(*window) if window else None, base=base, **fields)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"The LoRA's AtlasVid metadata cannot be read ({error}). It was written by another "
                 "version of the pack; update the pack."

@@ -6,9 +6,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..comfyui import management
+from ..device.budget import size
 from ..geometry.alignment import lead, temporal_positions
 from ..geometry.grid import Grid
 from ..geometry.plan import Plan
+
+
+def empty_latent(channels: int, grid: Grid) -> Tensor:
+    """Zeros [1, channels, *grid] where nodes keep the tensors that they hand to each other.
+
+    Raises:
+        ValueError: the computer's whole memory could not hold it.
+    """
+    needed, there = 4 * channels * grid.count, management.total_memory(torch.device("cpu"))
+    if needed > there:
+        raise ValueError(
+            f"A latent of {grid} (frames x height x width) takes {size(needed)}; this computer "
+            f"has {size(there)} of memory. Plan a smaller or shorter video."
+        )
+    return torch.zeros((1, channels, *grid), device=management.intermediate_device())
 
 
 def require_shape(samples: Tensor, expected: Grid, channels: int, what: str, advice: str) -> None:

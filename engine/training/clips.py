@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,9 +48,9 @@ def clips_in_folder(folder: str | Path) -> list[Clip]:
     Raises:
         ValueError: no folder, no video in it, or videos without a caption.
     """
-    folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"There is no folder {folder}. Name the one that holds your clips.")
+    folder = Path(os.path.expanduser(folder))
+    if not os.path.isdir(folder):
+        raise ValueError(f"There is no folder {folder!s:.300}. Name the one that holds your clips.")
     videos = sorted(f for f in folder.iterdir() if f.suffix.lower() in VIDEO_FILES)
     if not videos:
         raise ValueError(
@@ -71,13 +72,13 @@ def clips_in_folder(folder: str | Path) -> list[Clip]:
 
 def named_folder(name: str) -> Path:
     """A folder by its path, or by its name in ComfyUI's input folder."""
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))  # as it is where there is no such user
     return folder if folder.is_absolute() else Path(server.input_folder()) / folder
 
 
 def folder_state(folder: Path) -> str:
     """Changes when a clip or a caption in a folder does."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return ""
     facts = [(file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file()]
     text = repr([(name, fact.st_size, fact.st_mtime_ns) for name, fact in facts])

@@ -16,6 +16,9 @@ from .clips import Clip
 from .files import require_writable
 from .trainer import ONE_CARD, Cards, Trainer, TrainResult, TrainSettings, require_trainable
 
+LONGEST_NAME = 200
+"""Bytes; with `.safetensors` and what is added while it is written, file systems allow 255."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -37,8 +40,13 @@ class Job:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w .+-]*", self.name):
             raise ValueError(
-                f"name is {self.name!r}; use letters, digits, spaces and . + - _ only, beginning "
-                "with a letter or digit."
+                f"name is {self.name!r:.80}; use letters, digits, spaces and . + - _ only, "
+                "beginning with a letter or digit."
+            )
+        if len(self.name.encode()) > LONGEST_NAME:
+            raise ValueError(
+                f"name is {len(self.name.encode())} bytes long; at most {LONGEST_NAME} make a file "
+                "name everywhere. Choose a shorter one."
             )
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,7 @@ class NoiseLevels:
     high: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.shift > 0:
+        if not 0 < self.shift < math.inf:
             raise ValueError(f"shift is {self.shift}; it must be above 0 (Wan uses 3 to 8).")
         if not 0 <= self.low < self.high <= 1:
             raise ValueError(

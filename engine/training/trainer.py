@@ -76,6 +76,15 @@ class TrainSettings:
         for name in ("steps", "accumulate", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if not 0 <= self.learning_rate < math.inf:
+            raise ValueError(
+                f"learning_rate is {self.learning_rate:g}; give a number from 0 on; 0 is the "
+                "optimizer's usual one."
+            )
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha is {self.alpha:g}; give a number above 0, such as the rank.")
+        if not 0 <= self.caption_dropout <= 1:
+            raise ValueError(f"caption_dropout is {self.caption_dropout:g}; allowed is 0 to 1.")
         if not (math.isfinite(self.guide_weight) and self.guide_weight > 0):
             raise ValueError(
                 f"guide_weight is {self.guide_weight:g}; give a number above 0: 1 reads the "

@@ -3,10 +3,13 @@
 Plain reads and writes, no memory maps: mapped pages would count as the process's own memory.
 """
 
+import errno
 import os
 import shutil
 import uuid
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -14,7 +17,14 @@ import psutil
 import torch
 from torch import Tensor
 
+from ..device.budget import size
+
 PREFIX = "atlasvid-"
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+MAKE_ROOM = (
+    "Free some space, start ComfyUI with --temp-directory and --output-directory on a larger disk, "
+    "or make a shorter video."
+)
 
 
 class Store(Protocol):
@@ -68,8 +78,10 @@ class ScratchFile:
 
     def append(self, tensor: Tensor) -> int:
         data = tensor.detach().to("cpu").contiguous()
-        self._file.seek(self._end)
-        self._file.write(data.reshape(-1).view(torch.uint8).numpy().data)
+        with full_disk_named(self.path.parent, "Keeping decoded parts of the video"):
+            self._file.seek(self._end)
+            self._file.write(data.reshape(-1).view(torch.uint8).numpy().data)
+            self._file.flush()  # here, not when it is closed
         self._records.append((self._end, data.shape, data.dtype))
         self._end += data.nbytes
         return len(self._records) - 1
@@ -86,7 +98,8 @@ class ScratchFile:
 
 
 def _close_and_remove(file, path: Path) -> None:
-    file.close()
+    with suppress(OSError):  # what a full disk did not take is not wanted any more
+        file.close()
     path.unlink(missing_ok=True)
 
 
@@ -124,7 +137,25 @@ def require_space(folder: Path, needed: int, purpose: str) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(
-            f"{purpose} needs {needed / 1e9:.1f} GB of temporary disk space in {folder}, "
-            f"but {free / 1e9:.1f} GB are free. Free some space, start ComfyUI with "
-            "--temp-directory on a larger disk, or decode fewer frames at a time."
+            f"{purpose} needs {size(needed)} of temporary disk space in {folder}, "
+            f"but {size(free)} are free. {MAKE_ROOM}"
         )
+
+
+@contextmanager
+def full_disk_named(folder: Path, purpose: str) -> Iterator[None]:
+    """A full disk, quota or largest size of a file in an artist's words.
+
+    Raises:
+        OSError: in place of the system's, which names hidden files and no way out.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        free = shutil.disk_usage(folder).free
+        raise OSError(
+            f"{purpose} stopped: the disk of {folder} is full, or its quota is ({size(free)} are "
+            f"free). Nothing half-written is left. {MAKE_ROOM}",
+        ) from error

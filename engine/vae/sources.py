@@ -1,8 +1,10 @@
 """Where the frames of a clip come from: tensors, files, or one image and grey."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -65,12 +67,19 @@ class FileFrames:
 
     @property
     def frames(self) -> int:
-        return self.video.get_frame_count()
+        return media.frame_count(self.video)
 
-    @property
-    def size(self) -> tuple[int, int]:
-        width, height = self.video.get_dimensions()
-        return height, width
+    @cached_property
+    def size(self) -> tuple[int, int]:  # type: ignore[override]
+        """That of the first frame: a phone's file is often turned when it is decoded.
+
+        Raises:
+            ValueError: the file has no frames, or see `media.video_batches`.
+        """
+        with closing(media.video_batches(self.video, 1)) as batches:
+            for images in batches:
+                return images.shape[1], images.shape[2]
+        raise ValueError(f"{media.video_name(self.video)} has no frames to encode.")
 
     def batches(self) -> Iterator[Tensor]:
         yield from media.video_batches(self.video, FILE_BATCH)

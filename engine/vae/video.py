@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..comfyui import media, server
 from .frames import FINE, DecodedFrames, FrameStream, dequantise
-from .scratch import scratch_name, sweep
+from .scratch import full_disk_named, scratch_name, sweep
 
 # What PyAV calls the container of an mp4 file.
 MP4_FORMAT = "mov,mp4,m4a,3gp,3g2,mj2"
@@ -199,7 +199,8 @@ def whole_file(path: Any) -> Iterator[Any]:
     sweep(final.parent)
     partial = final.with_name("." + scratch_name(final.suffix))
     try:
-        yield str(partial)
-        partial.replace(final)
+        with full_disk_named(final.parent, f"Saving {final.name}"):
+            yield str(partial)
+            partial.replace(final)
     finally:
         partial.unlink(missing_ok=True)

@@ -206,3 +206,20 @@ def test_cache_folder(
 
 def test_requirement_names_compare_as_packaging_does() -> None:
     assert environment.project_name("Foo_Bar.baz[extra]>=1.2") == "foo-bar-baz"
+
+
+def test_children_share_the_cores_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    assert environment.sharing_cores()["OMP_WAIT_POLICY"] == "PASSIVE"
+    shown = subprocess.run(
+        [sys.executable, "-c", "import torch; print(torch.get_num_threads())"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert 1 <= int(shown) <= environment.threads()  # MKL may count cores, not hyperthreads
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert environment.sharing_cores()["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert environment.threads() == 3

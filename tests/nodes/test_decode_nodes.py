@@ -1,5 +1,6 @@
 """AtlasVidDecode and AtlasVidDecodeToVideo against the stock decode, CreateVideo and SaveVideo."""
 
+import errno
 import io
 import os
 import subprocess
@@ -12,6 +13,7 @@ import comfy.model_management
 import folder_paths
 import pytest
 import torch
+from atlasvid.engine.comfyui import media
 from atlasvid.engine.vae import scratch
 from atlasvid.engine.vae.decode import TiledDecoder
 from atlasvid.engine.vae.frames import dequantise, quantise
@@ -207,7 +209,9 @@ def test_a_cancelled_save_leaves_nothing(vae, two_tiles, tmp_path, temp_folder, 
 def test_too_small_a_disk_is_refused_before_decoding(vae, two_tiles, tmp_path, monkeypatch):
     monkeypatch.setattr(WanDecoder, "features", None)
     monkeypatch.setattr(scratch.shutil, "disk_usage", lambda _folder: Namespace(free=1000))
-    with pytest.raises(OSError, match=r"9 frames of 96 x 80 needs .* GB .*--temp-directory"):
+    with pytest.raises(
+        OSError, match=r"9 frames of 96 x 80 needs .* KiB .*1000 bytes are free.*--temp"
+    ):
         to_video(vae, latent()).save_to(str(tmp_path / "clip.mp4"))
 
 
@@ -249,6 +253,32 @@ def test_memory_does_not_grow_with_the_frames(tmp_path):
     )
     short, long = (int(line) / 2**20 for line in done.stdout.splitlines()[-2:])
     assert long - short < 6, f"{short:.0f} MiB for 81 frames, {long:.0f} MiB for 161"
+
+
+def test_a_disk_that_fills_up_is_named(vae, two_tiles, tmp_path, temp_folder, monkeypatch):
+    """Halfway, where there was room at the start: a device that is always full in its place."""
+    video = to_video(vae, latent())
+    with monkeypatch.context() as patch:
+        patch.setattr(scratch, "scratch_name", lambda suffix: f"atlasvid-0-0-0{suffix}")
+        temp_folder.mkdir(exist_ok=True)
+        (temp_folder / "atlasvid-0-0-0.scratch").symlink_to("/dev/full")
+        patch.setattr(scratch, "sweep", lambda folder: None)
+        with pytest.raises(OSError, match=r"stopped: the disk of .* is full.*Free some") as failed:
+            video.save_to(str(tmp_path / "clip.mp4"))
+    assert "Errno" not in str(failed.value)
+    assert not list(tmp_path.rglob("*.mp4"))
+    assert not list(temp_folder.iterdir())
+    video.save_to(str(tmp_path / "clip.mp4"))
+
+
+def test_a_file_that_may_not_grow_is_named(vae, two_tiles, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr(media, "encode_video", full)
+    with pytest.raises(OSError, match=r"^Saving clip\.mp4 stopped: the disk of"):
+        to_video(vae, latent()).save_to(str(tmp_path / "clip.mp4"))
+    assert not list(tmp_path.glob("*.mp4"))
 
 
 def test_files_of_killed_processes_are_swept(tmp_path):

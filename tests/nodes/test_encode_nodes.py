@@ -1,7 +1,11 @@
 """AtlasVidEncode and AtlasVidImageToVideo against the stock nodes."""
 
+import struct
+
+import av
 import comfy.clip_vision
 import folder_paths
+import numpy as np
 import pytest
 import torch
 from atlasvid.engine.comfyui import media
@@ -9,6 +13,7 @@ from atlasvid.engine.vae import sources
 from atlasvid.engine.vae.encode import TiledEncoder
 from atlasvid.engine.vae.regions import TileGrid
 from atlasvid.nodes.encode import AtlasVidEncode, AtlasVidImageToVideo
+from clips import render
 from comfy_api.latest import InputImpl
 from comfy_extras.nodes_wan import WanImageToVideo
 from stock_nodes import create_video
@@ -81,6 +86,68 @@ def test_videos_made_of_images_encode_too(vae, two_tiles):
     video = create_video(images(5), 16.0)
     latent = AtlasVidEncode.execute(video, vae, "auto")[0]["samples"]
     assert (latent - stock_latent(vae, images(5))).abs().max() <= TOLERANCE
+
+
+def turned(path):
+    """The file as a phone writes it: its track says that players turn it clockwise."""
+    content = bytearray(path.read_bytes())
+    matrix = content.index(b"tkhd") + 44
+    content[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+    path.write_bytes(content)
+
+
+def test_a_turned_video_encodes_as_the_stock_node_does(vae, two_tiles, tmp_path):
+    video_file(tmp_path, 9)
+    turned(tmp_path / "in.mp4")
+    video = InputImpl.VideoFromFile(str(tmp_path / "in.mp4"))
+    pixels = video.get_components().images
+    latent = AtlasVidEncode.execute(video, vae, "auto")[0]["samples"]
+    assert (latent - stock_latent(vae, pixels)).abs().max() <= TOLERANCE
+    height, width = latent.shape[-2:]
+    assert (height > width) == (pixels.shape[1] > pixels.shape[2])  # 0.18.0 turns nothing
+
+
+def fast_start(path):
+    """A file with its index before its pictures, which opens when it is cut short."""
+    with (
+        av.open(str(path)) as given,
+        av.open(str(path.with_name("fast.mp4")), "w", options={"movflags": "faststart"}) as made,
+    ):
+        stream = given.streams.video[0]
+        copied = made.add_stream_from_template(stream)
+        for packet in given.demux(stream):
+            if packet.dts is not None:
+                packet.stream = copied
+                made.mux(packet)
+    return path.with_name("fast.mp4").read_bytes()
+
+
+def scratched(data):
+    """A third of the pictures replaced by noise."""
+    start, end = data.find(b"mdat") + 8, data.find(b"moov")
+    third = (end - start) // 3
+    noise = np.random.default_rng(0).integers(0, 256, third, dtype=np.uint8).tobytes()
+    return data[: start + third] + noise + data[start + 2 * third :]
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda path: b"", "cannot be read as a video"),
+        (lambda path: b"no video " * 99, "cannot be read as a video"),
+        (lambda path: path.read_bytes()[:2000], "cannot be read as a video"),
+        (lambda path: scratched(path.read_bytes()), r"is damaged at 0\.\d\d s"),
+        (lambda path: fast_start(path)[:-3000], r"is damaged at|cannot be read as a video"),
+    ],
+    ids=["empty", "text", "no index", "scratched", "cut short"],
+)
+def test_damaged_videos_are_named(vae, tmp_path, temp_folder, harm, message):
+    render(tmp_path / "in.mp4", 23)
+    (tmp_path / "in.mp4").write_bytes(harm(tmp_path / "in.mp4"))
+    video = InputImpl.VideoFromFile(str(tmp_path / "in.mp4"))
+    with pytest.raises(ValueError, match=rf"^in\.mp4 ({message})"):
+        AtlasVidEncode.execute(video, vae, "auto")
+    assert not list(temp_folder.rglob("*"))
 
 
 def test_no_frames_are_refused(vae):

@@ -100,7 +100,7 @@ class Studio:
         seconds = 4 * stride * (latents - 1) / FPS
         space = latent_space(self.model)
         width, height = factor * WIDTH, factor * HEIGHT
-        return make_plan(space, width, height, max(seconds, 0.01), FPS, HEIGHT, stride)
+        return make_plan(space, width, height, max(seconds, 0.05), FPS, HEIGHT, stride)
 
     def case(self, seed: int, plan: Any) -> Case:
         """The scene of a seed: its proxy and its truth."""

@@ -33,6 +33,14 @@ def wan():
     return small_wan()
 
 
+def test_a_prediction_that_is_no_number_ends_the_sampling():
+    model = small_wan()
+    weight = model.model.diffusion_model.blocks[0].ffn[0].weight
+    weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"prediction contains NaN .* Check the model's file"):
+        sample(branch(model), steps=2)
+
+
 @pytest.fixture
 def evaluations(monkeypatch):
     """Counts evaluations of the guide stream."""

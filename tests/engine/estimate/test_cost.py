@@ -1,6 +1,8 @@
 """The cost model against counters of what really runs."""
 
 import json
+import struct
+import time
 from dataclasses import replace
 
 import pytest
@@ -242,9 +244,103 @@ def test_overview_knows_a_model_by_its_file(tmp_path, monkeypatch):
     assert "assumed" in dict(overview.overview(QUERY)["rows"])["Model"]
 
 
+def test_the_largest_plan_has_a_small_picture():
+    largest = {"width": "8192", "height": "8192", "seconds": "600", "fps": "120"}
+    sides = {f"window.{side}": "1" for side in Grid._fields}
+    query = {**QUERY, **largest, "temporal_stride": "1", "window": "custom", **sides}
+    begun = time.monotonic()
+    shown = overview.overview(query)
+    assert time.monotonic() - begun < 2
+    assert len(json.dumps(shown)) < 8_000
+    for axis in ("columns", "rows", "frames"):
+        for cuts in shown["windows"][axis]:
+            assert len(cuts) <= overview.MOST_LINES + 2
+    assert shown["windows"]["columns"][0][-1] == 8192
+    assert shown["windows"]["frames"][1][-1] == shown["windows"]["latent_frames"]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        "no",
+        "[]",
+        "[" * 5_000,
+        '{"dim": "256", "ffn_dim": 512, "layers": 3}',
+        '{"dim": 0, "ffn_dim": 512, "layers": 3}',
+        '{"dim": 256, "ffn_dim": 512, "layers": 0}',
+        '{"dim": 200, "ffn_dim": 512, "layers": 3}',
+        '{"dim": 1e9, "ffn_dim": 512, "layers": 3}',
+        '{"dim": 256000000000, "ffn_dim": 512, "layers": 3}',
+        '{"dim": 256, "ffn_dim": NaN, "layers": 3}',
+        '{"dim": 256, "ffn_dim": 512, "layers": 3, "name": 5}',
+        '{"dim": 256, "ffn_dim": 512, "layers": 3, "other": 5}',
+    ],
+)
+def test_a_shape_that_is_none_is_refused(record):
+    with pytest.raises(ValueError, match="shape is not a model's shape"):
+        overview.overview({**QUERY, "shape": record})
+
+
+def headed(entries, length=None):
+    text = json.dumps(entries).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text
+
+
+WHOLE = {
+    "head.modulation": {"shape": [1, 2, 256]},
+    "head.head.weight": {"shape": [64, 256]},
+    "patch_embedding.weight": {"shape": [256, 16, 1, 2, 2]},
+    "blocks.0.ffn.0.weight": {"shape": [512, 256]},
+}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"short",
+        headed([1, 2]),
+        headed("text"),
+        headed(WHOLE, length=2**63),
+        headed(WHOLE, length=10_000),
+        headed({}),
+        headed(WHOLE | {"head.modulation": {}}),
+        headed(WHOLE | {"head.modulation": [256]}),
+        headed(WHOLE | {"head.modulation": {"shape": []}}),
+        headed(WHOLE | {"head.modulation": {"shape": ["256"]}}),
+        headed(WHOLE | {"head.modulation": {"shape": [1, 2, 0]}}),
+        headed(WHOLE | {"head.modulation": {"shape": [1, 2, 256 * 10**9]}}),
+        headed(WHOLE | {"blocks.0.ffn.0.weight": {"shape": [None]}}),
+        headed(WHOLE | {"patch_embedding.weight": {"shape": [256]}}),
+        struct.pack("<Q", 200_000) + b"[" * 200_000,
+    ],
+)
+def test_a_file_whose_head_lies_is_no_model(tmp_path, content):
+    (tmp_path / "lies.safetensors").write_bytes(content)
+    assert overview.shape_of_file(tmp_path / "lies.safetensors") is None
+    (tmp_path / "whole.safetensors").write_bytes(headed(WHOLE))
+    assert overview.shape_of_file(tmp_path / "whole.safetensors") is not None
+
+
+@pytest.mark.parametrize("kept", ["[]", "{}", '{"%s": 5}', '{"%s": {"matmul": 1}}'])
+def test_measurements_that_something_else_wrote_are_passed_over(tmp_path, kept):
+    file = tmp_path / "rates.json"
+    file.write_text(kept.replace("%s", calibration._key(SHAPE)), "utf-8")
+    assert calibration.known_rates(SHAPE, file) is None
+    rates = vars(RATES) | {"matmul": 0.0}
+    file.write_text(json.dumps({calibration._key(SHAPE): rates}), "utf-8")
+    assert calibration.known_rates(SHAPE, file) is None
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"seconds": "1e9"}, "seconds is 1e.09; allowed is 0.05 to 600"),
+        ({"fps": "1e9"}, "fps is 1e.09; allowed is 1 to 120"),
+        ({"guide_margin": "-1"}, "guide_margin is -1; it must be 0 or more"),
+        ({"overlap": "none"}, "overlap is 'none'; allowed are shifted, sliding"),
+        ({"guide_noise": "pink"}, "guide_noise is 'pink'"),
+        ({"window": "custom", "window.frames": "0"}, "at least 1 token"),
         ({"width": "many"}, "width is 'many'; it must be a number"),
         ({"width": "10"}, "width is 10; allowed is"),
         ({"seconds": "nan"}, "seconds is nan; it must be a finite number"),

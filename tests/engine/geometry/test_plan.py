@@ -73,8 +73,10 @@ def test_wan22_latents():
     [
         ({"width": 100}, "width is 100; allowed is 128 to 8192"),
         ({"height": 9000}, "height is 9000"),
-        ({"seconds": 0.0}, "above 0"),
-        ({"seconds": float("nan")}, "above 0"),
+        ({"seconds": 0.0}, "seconds is 0; allowed is 0.05 to 600"),
+        ({"seconds": float("nan")}, "seconds is nan"),
+        ({"seconds": 1e9}, "seconds is 1e\\+09"),
+        ({"fps": 1e9}, "allowed is 1 to 120"),
         ({"fps": 0.0}, "fps is 0"),
         ({"stride": 9}, "temporal_stride is 9; allowed is 1 to 8"),
         ({"short": 16}, "proxy_short_side is 16"),

@@ -346,6 +346,54 @@ def test_other_files_are_refused(tmp_path, name, content, message):
         read_lora(tmp_path / name)
 
 
+Q = "diffusion_model.blocks.0.self_attn.q"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({f"{Q}.lora_A.weight": torch.full((2, 256), torch.nan)}, "contains NaN or infinite"),
+        ({f"{Q}.lora_B.weight": torch.full((256, 2), torch.inf)}, "contains NaN or infinite"),
+        (
+            {f"{Q}.lora_A.weight": torch.full((2, 256), torch.nan).to(torch.float8_e4m3fn)},
+            "contains NaN or infinite",
+        ),
+        ({f"{Q}.alpha": torch.tensor(torch.nan)}, "alpha is nan; it must be finite"),
+        ({f"{Q}.alpha": torch.ones(2)}, r"alpha is of shape \[2\]; it must be one number"),
+        (
+            {f"{Q}.lora_A.weight": torch.ones(0, 256), f"{Q}.lora_B.weight": torch.ones(256, 0)},
+            "has rank 0",
+        ),
+    ],
+)
+def test_broken_numbers_are_refused(tmp_path, changed, message):
+    save_file(pair(Q) | changed, tmp_path / "bad.safetensors")
+    with pytest.raises(ValueError, match=rf"^bad\.safetensors.*{message}.*broken"):
+        read_lora(tmp_path / "bad.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ("{no", "is no JSON object"),
+        ("[1]", "is no JSON object"),
+        ("[" * 100_000, "is no JSON object"),
+        ('{"t.lora_alpha": "many"}', "lora_alpha is 'many'; it must be one number"),
+        ('{"t.lora_alpha": NaN}', "lora_alpha is nan; it must be finite"),
+        ('{"t.lora_alpha": null}', "lora_alpha is None; it must be one number"),
+    ],
+)
+def test_broken_adapter_metadata_is_refused(tmp_path, metadata, message):
+    save_file(pair(Q), tmp_path / "bad.safetensors", {"lora_adapter_metadata": metadata})
+    with pytest.raises(ValueError, match=message):
+        read_lora(tmp_path / "bad.safetensors")
+    save_file(pair(Q), tmp_path / "adapter_model.safetensors")
+    config = metadata.replace("t.lora_alpha", "lora_alpha")
+    (tmp_path / "adapter_config.json").write_text(config)
+    with pytest.raises(ValueError, match=message):
+        read_lora(tmp_path / "adapter_model.safetensors")
+
+
 # --- What the file says of itself -----------------------------------------------------------
 
 

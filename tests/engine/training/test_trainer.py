@@ -19,6 +19,8 @@ from atlasvid.engine.lora.recipe import BaseShape, Recipe, pack_version
 from atlasvid.engine.proxy.frequencies import apply_rope_method
 from atlasvid.engine.training.cache import LatentCache
 from atlasvid.engine.training.clips import clips_in_folder
+from atlasvid.engine.training.job import Job
+from atlasvid.engine.training.objective import NoiseLevels
 from atlasvid.engine.training.state import TrainingState
 from atlasvid.engine.training.trainer import Trainer, TrainSettings
 from clips import render
@@ -269,6 +271,37 @@ def test_a_run_from_before_guide_weights_resumes_with_one(data, tmp_path):
     with pytest.raises(ValueError, match=r"other settings: guide_weight was 1\.0, now 8\.0"):
         trainer(tmp_path, settings(steps=3, guide_weight=8.0)).run(data["guide"])
     assert trainer(tmp_path, settings(steps=3)).run(data["guide"]).resumed_at == 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"learning_rate": float("nan")}, "learning_rate is nan; give a number from 0"),
+        ({"learning_rate": -1.0}, "learning_rate is -1"),
+        ({"alpha": float("inf")}, "alpha is inf"),
+        ({"alpha": 0.0}, "alpha is 0"),
+        ({"caption_dropout": 1.5}, "caption_dropout is 1.5; allowed is 0 to 1"),
+    ],
+)
+def test_numbers_that_cannot_be_learned_with_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        settings(**wrong)
+    with pytest.raises(ValueError, match="shift is inf"):
+        NoiseLevels(shift=float("inf"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("../up", "use letters"),
+        ("a" * 5000, "is 5000 bytes long; at most 200"),
+        ("", "use letters"),
+    ],
+)
+def test_names_that_make_no_file_name_are_refused(tmp_path, name, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        Job(tmp_path, tmp_path, name)
+    assert len(str(refused.value)) < 300
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
