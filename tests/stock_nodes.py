@@ -4,6 +4,7 @@ import inspect
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import folder_paths
 import torch
 from comfy_api.latest import InputImpl, Types
@@ -35,16 +36,43 @@ def has_ten_bit() -> bool:
 
 
 def saved_alike(ours, theirs, folder: Path) -> bool:
-    """Whether SaveVideo writes the same bytes for both videos.
+    """Whether SaveVideo hands the core's encoder the same of both videos and writes alike files.
 
-    x264 writes the same small frames in one of several ways, stock against stock too, so both are
-    written until one way of each agrees; different frames would never agree.
+    Their bytes are not compared: x264 writes the same frames in one of several ways, stock against
+    stock too.
     """
-    written: dict[str, set[bytes]] = {"ours": set(), "theirs": set()}
-    for attempt in range(12):
-        for name, video in (("ours", ours), ("theirs", theirs)):
-            file = save_video(video, folder / f"{name}{attempt}")
-            written[name].add(file.name.encode() + file.read_bytes())
-        if written["ours"] & written["theirs"]:
-            return True
-    return False
+    one, other = (saved(video, folder / name) for video, name in ((ours, "a"), (theirs, "b")))
+    return one == other
+
+
+def saved(video, folder: Path):
+    """What SaveVideo gives to the core's encoder, and what the file is that it writes."""
+    given = []
+    encode = InputImpl.VideoFromComponents.save_to
+
+    def recorded(self, path, *args, bit_depth=None, **choices):
+        parts, depth = self.get_components(), bit_depth or getattr(self, "get_bit_depth", int)()
+        levels = 65535 if depth == 10 else 255
+        pixels = [
+            (image * levels).clip(0, levels).int().numpy().tobytes() for image in parts.images
+        ]
+        sound = parts.audio and (
+            parts.audio["waveform"].numpy().tobytes(),
+            parts.audio["sample_rate"],
+        )
+        chosen = {name: choice for name, choice in choices.items() if choice is not None}
+        given.append((tuple(parts.images.shape), pixels, sound, parts.frame_rate, args, chosen))
+        options = {} if bit_depth is None else {"bit_depth": bit_depth}
+        return encode(self, path, *args, **options, **choices)
+
+    InputImpl.VideoFromComponents.save_to = recorded
+    try:
+        file = save_video(video, folder)
+    finally:
+        InputImpl.VideoFromComponents.save_to = encode
+    with av.open(file) as container:
+        streams = [
+            (s.type, s.codec_context.name, s.frames, s.base_rate if s.type == "video" else s.rate)
+            for s in container.streams
+        ]
+    return file.name, streams, given
