@@ -12,6 +12,7 @@ from .detail import (
 from .encode import AtlasVidEncode, AtlasVidImageToVideo
 from .lora import AtlasVidGuideLoRA
 from .plan import AtlasVidPlan
+from .report import AtlasVidReport
 from .rope import AtlasVidRoPE
 from .tiny import AtlasVidTinyModels
 from .train import AtlasVidTrainLoRA
@@ -29,6 +30,7 @@ NODES: list[type[io.ComfyNode]] = [
     AtlasVidDecodeToVideo,
     AtlasVidEncode,
     AtlasVidImageToVideo,
+    AtlasVidReport,
 ]
 
 

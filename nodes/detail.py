@@ -6,11 +6,17 @@ from ..engine.branch.apply import apply_detail_branch
 from ..engine.branch.attention import BACKENDS
 from ..engine.branch.settings import GUIDE_NOISE, preset_guide_noise, preset_window
 from ..engine.device.budget import AUTO
-from ..engine.geometry.grid import Grid
 from ..engine.geometry.layout import OVERLAPS
 from ..engine.proxy.latents import require_proxy, upscale_proxy
 from ..engine.proxy.structure import apply_structure_guidance
-from .types import CATEGORY, GuideLoraType, PlanType, memory_budget_input
+from .types import (
+    CATEGORY,
+    GuideLoraType,
+    PlanType,
+    custom_window,
+    memory_budget_input,
+    window_input,
+)
 
 
 class AtlasVidDetailLatent(io.ComfyNode):
@@ -52,34 +58,11 @@ class AtlasVidHierarchicalAttention(io.ComfyNode):
                     tooltip="The Wan model that samples the target, without AtlasVid RoPE.",
                 ),
                 PlanType.Input("plan", tooltip="The plan of the video."),
-                io.DynamicCombo.Input(
-                    "window",
-                    options=[
-                        io.DynamicCombo.Option("auto", []),
-                        io.DynamicCombo.Option("compact", []),
-                        io.DynamicCombo.Option("trained size", []),
-                        io.DynamicCombo.Option(
-                            "custom",
-                            [
-                                io.Int.Input(
-                                    name,
-                                    default=default,
-                                    min=1,
-                                    max=512,
-                                    tooltip=f"Tokens of a window along the {axis}.",
-                                )
-                                for name, default, axis in (
-                                    ("frames", 4, "time axis (one token is one latent frame)"),
-                                    ("height", 16, "height (one token is 16 pixels)"),
-                                    ("width", 16, "width (one token is 16 pixels)"),
-                                )
-                            ],
-                        ),
-                    ],
-                    tooltip="auto: what the guide LoRA was trained with, trained size without one. "
+                window_input(
+                    "auto: what the guide LoRA was trained with, trained size without one. "
                     "compact: 4 x 16 x 16 tokens, fastest, for use with a guide LoRA. "
                     "trained size: the proxy's own grid, for the model as it is. "
-                    "custom: your own sizes.",
+                    "custom: your own sizes."
                 ),
                 io.Combo.Input(
                     "overlap",
@@ -191,13 +174,12 @@ class AtlasVidHierarchicalAttention(io.ComfyNode):
         proxy=None,
         guide_lora=None,
     ) -> io.NodeOutput:
-        custom = Grid(*(window.get(side, 1) for side in ("frames", "height", "width")))
-        habits = guide_lora.habits if guide_lora else None
+        habits, sizes = guide_lora.habits if guide_lora else None, custom_window(window)
         patched = apply_detail_branch(
             model,
             plan,
             None if proxy is None else proxy["samples"],
-            window=preset_window(window["window"], plan, custom=custom, habits=habits),
+            window=preset_window(window["window"], plan, custom=sizes, habits=habits),
             overlap=overlap,
             guide_noise=preset_guide_noise(guide_noise, habits),
             start_percent=start_percent,

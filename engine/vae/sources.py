@@ -8,8 +8,12 @@ import torch
 from torch import Tensor
 
 from ..comfyui import media
+from .video import StreamedVideo
 
 FILE_BATCH = 16
+"""Frames of a file that are read at a time, at most."""
+BATCH_BYTES = 2**28
+"""Memory that they may take, as float32: large frames come fewer at a time."""
 
 
 class FrameSource(Protocol):
@@ -71,7 +75,9 @@ class FileFrames:
         return height, width
 
     def batches(self) -> Iterator[Tensor]:
-        yield from media.video_batches(self.video, FILE_BATCH)
+        height, width = self.size
+        fitting = BATCH_BYTES // (height * width * 3 * 4)
+        yield from media.video_batches(self.video, max(1, min(FILE_BATCH, fitting)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +112,25 @@ def frame_source(pixels: Any) -> FrameSource:
     if images.shape[0] == 0:
         raise ValueError("There are no frames to encode: connect images or a video that has some.")
     return ImageFrames(images)
+
+
+class EachFrame:
+    """The frames [height, width, 3] of images or a VIDEO, one after the other, at every reading.
+
+    A video file is decoded as it is read; a video of AtlasVid Decode to Video is decoded from its
+    latent once. Neither is ever in memory whole.
+    """
+
+    def __init__(self, pixels: Any):
+        self._pixels = pixels
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if isinstance(self._pixels, StreamedVideo):
+            yield from self._pixels.each_frame()
+            return
+        for batch in frame_source(self._pixels).batches():
+            for frame in batch:
+                yield frame[..., :3].float()
 
 
 def latent_groups(batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:

@@ -71,6 +71,7 @@ CONTRACT = {
         "start_image",
         "clip_vision_output",
     ],
+    "AtlasVidReport": ["plan", "video", "window", "overlap", "proxy"],
 }
 
 

@@ -39,6 +39,7 @@ BASE = {
     },
     "AtlasVidTinyModels": {"weights": "random"},  # the trained ones need no seed
     "AtlasVidImageToVideo": {"width": 32, "height": 48, "frames": 5},
+    "AtlasVidReport": {"window": {"window": "custom", "frames": 1, "height": 2, "width": 3}},
 }
 """Where the schema's defaults are large, or leave an input without a say."""
 
@@ -104,7 +105,7 @@ def legal(written):
         "VAE": [wan21_vae(seed=seed) for seed in seeds],
         "ATLASVID_PLAN": [
             plan_of((5, 8, 8), (2, 4, 4), stride=4),
-            plan_of((3, 6, 8), (2, 4, 4), stride=2),
+            plan_of((3, 8, 8), (2, 4, 4), stride=2),
         ],
         "ATLASVID_GUIDE_LORA": [
             nodes.AtlasVidGuideLoRA.execute(f"{seed}.safetensors", 1.0)[0] for seed in seeds
@@ -115,6 +116,7 @@ def legal(written):
         "CLIP_VISION_OUTPUT": [None, comfy.clip_vision.Output()],
         "AUDIO": [{"waveform": rand(1, 2, 99, seed=s), "sample_rate": 44100} for s in seeds],
         "VIDEO": [InputImpl.VideoFromFile(clip) for clip in clips],
+        "video": [rand(9, 64, 64, 3, seed=seed).sigmoid() for seed in seeds],
         "captions": ["waves", "other waves"],
         "folder": ["", "other"],
         "name": ["one", "another"],

@@ -95,12 +95,13 @@ def fixed_seams(studio: Studio, cases: list[Case]) -> float:
     found = []
     with torch.inference_mode():
         for case in cases:
-            layouts = {
-                name: layout._replace(all_blocks=layout.block)
-                for name, layout in window_layouts(case.plan).items()
+            judge = Judge(case, window_layouts(case.plan))
+            judge.windows = {
+                name: lines._replace(all_blocks=lines.block)
+                for name, lines in judge.windows.items()
             }
             video = studio.make(case, replace(GUIDED, guide_weight=0))
-            found.append(Judge(case, layouts).scores(video, GUIDED.window)["seam"])
+            found.append(judge.scores(video, GUIDED.window)["seam"])
     return mean(found)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import perceptual
-from .judge import Judge, Layout, can_be_counted, coloured_mask
+from .judge import Judge, can_be_counted, coloured_mask
 from .scenes import FPS, random_scene
 from .sheets import save_sheet
 from .studio import DEFAULT, METHODS, SETTINGS, Method, Studio
@@ -21,21 +21,16 @@ SHEETS = 4
 """Scenes of which pictures are kept."""
 
 
-def window_layouts(plan: Any) -> dict[str, Layout]:
-    """Where the windows of each preset meet."""
+def window_layouts(plan: Any) -> dict[str, Any]:
+    """The layout of each preset."""
     from atlasvid.engine.branch.settings import preset_window
-    from atlasvid.engine.geometry.grid import Grid
-    from atlasvid.engine.geometry.windows import COMPACT, ShiftedWindows
-    from atlasvid.engine.quality.lines import window_lines
+    from atlasvid.engine.geometry.layout import Layout
+    from atlasvid.engine.geometry.windows import COMPACT
 
-    video = Grid(plan.frames, plan.height, plan.width)
-    found = {}
-    for name in ("trained size", "compact"):
-        window = preset_window(name, plan, COMPACT).clipped(plan.tokens)
-        windows = ShiftedWindows(plan.tokens, window)
-        even, odd = (list(windows.boxes(block)) for block in (0, 1))
-        found[name] = Layout(window_lines([*even, *odd], video), window_lines(even, video))
-    return found
+    return {
+        name: Layout(plan, preset_window(name, plan, COMPACT))
+        for name in ("trained size", "compact")
+    }
 
 
 def judge_methods(
