@@ -26,7 +26,7 @@ class AtlasVidReport(io.ComfyNode):
                 PlanType.Input("plan", tooltip="The plan that the video was made by."),
                 io.MultiType.Input(
                     "video",
-                    types=[io.Video, io.Image],
+                    types=[io.Image, io.Video],
                     tooltip="The finished video, or its images. It may have been cut at its end. "
                     "A video is read frame by frame and never held in memory.",
                 ),
@@ -42,7 +42,7 @@ class AtlasVidReport(io.ComfyNode):
                 ),
                 io.MultiType.Input(
                     "proxy",
-                    types=[io.Video, io.Image],
+                    types=[io.Image, io.Video],
                     optional=True,
                     tooltip="The proxy's own video or images. Without it, colours, fidelity and "
                     "detail are not measured, and borders less surely.",

@@ -37,6 +37,7 @@ NEEDS_FILES = {
     "CLIPLoader",
     "VAELoader",
     "LoraLoaderModelOnly",
+    "AtlasVidGuideLoRA",
     "CLIPVisionLoader",
     "LoadImage",
     "LoadVideo",
