@@ -7,6 +7,7 @@ from ..engine.branch.attention import BACKENDS
 from ..engine.branch.settings import GUIDE_NOISE, preset_guide_noise, preset_window
 from ..engine.device.budget import AUTO
 from ..engine.geometry.layout import OVERLAPS
+from ..engine.lora.guide import habits_of
 from ..engine.proxy.latents import require_proxy, upscale_proxy
 from ..engine.proxy.structure import apply_structure_guidance
 from .types import (
@@ -78,7 +79,9 @@ class AtlasVidHierarchicalAttention(io.ComfyNode):
                     default="auto",
                     tooltip="auto: clean with a guide LoRA, matched without one. "
                     "matched: the proxy is noised to the step's level, for the model as "
-                    "it is. clean: the proxy as it is, for use with a guide LoRA.",
+                    "it is. clean: the proxy as it is, for use with a guide LoRA. joint: the guide "
+                    "is denoised beside the target, from the proxy noised to the first step's "
+                    "level.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -152,6 +155,12 @@ class AtlasVidHierarchicalAttention(io.ComfyNode):
                     tooltip="A LoRA that acts on the guide only; the target keeps the model's own "
                     "weights and LoRAs.",
                 ),
+                GuideLoraType.Input(
+                    "target_lora",
+                    optional=True,
+                    tooltip="A LoRA that acts on the target's tokens only, trained in stage "
+                    "target; the guide keeps the model's own weights, or its own LoRA.",
+                ),
             ],
             outputs=[io.Model.Output("model", tooltip="The model, ready to sample the target.")],
         )
@@ -173,8 +182,9 @@ class AtlasVidHierarchicalAttention(io.ComfyNode):
         guide_margin=0,
         proxy=None,
         guide_lora=None,
+        target_lora=None,
     ) -> io.NodeOutput:
-        habits, sizes = guide_lora.habits if guide_lora else None, custom_window(window)
+        habits, sizes = habits_of(guide_lora, target_lora), custom_window(window)
         patched = apply_detail_branch(
             model,
             plan,
@@ -190,6 +200,7 @@ class AtlasVidHierarchicalAttention(io.ComfyNode):
             guide_weight=guide_weight,
             guide_margin=guide_margin,
             guide_lora=guide_lora,
+            target_lora=target_lora,
         )
         return io.NodeOutput(patched)
 

@@ -18,7 +18,10 @@ from ..engine.training.trainer import OPTIMIZERS, PRECISIONS, TrainSettings
 from .types import CATEGORY, GuideLoraType, PlanType
 
 NOT_A_GUIDE = "Stage proxy makes an ordinary LoRA: use the lora output, or LoraLoaderModelOnly."
-NOT_A_PROXY = "Stage guide makes a guide LoRA: use the guide_lora output, or AtlasVid Guide LoRA."
+NOT_A_PROXY = (
+    "Stages guide and target make LoRAs for the detail branch: use the guide_lora output, or "
+    "AtlasVid Guide LoRA."
+)
 
 
 def ranged(kind, name, default, low, high, step, tooltip):
@@ -34,7 +37,7 @@ class AtlasVidTrainLoRA(io.ComfyNode):
             display_name="AtlasVid Train LoRA",
             category=CATEGORY,
             description="Trains a LoRA on your clips: for the proxy (an ordinary LoRA), or for the "
-            "guide (for AtlasVid Guide LoRA). A stopped run goes on where it was.",
+            "guide or the target (for AtlasVid Guide LoRA). A stopped run goes on where it was.",
             search_aliases=["lora training", "finetune", "peft"],
             is_output_node=True,
             is_input_list=True,
@@ -50,10 +53,11 @@ class AtlasVidTrainLoRA(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "stage",
-                    options=list(reversed(STAGES)),
+                    options=["guide", *(stage for stage in STAGES if stage != "guide")],
                     default="guide",
                     tooltip="guide: the detail branch learns to read its guide. proxy: the model "
-                    "learns to make slow proxies.",
+                    "learns to make slow proxies. target: as guide, but the target's tokens learn "
+                    "and the guide's pass the model as it is.",
                 ),
                 io.String.Input(
                     "name",
@@ -71,7 +75,7 @@ class AtlasVidTrainLoRA(io.ComfyNode):
                     "window",
                     options=["compact", "trained size"],
                     default="compact",
-                    tooltip="Windows of stage guide. compact: 4 x 16 x 16 tokens.",
+                    tooltip="Windows of stages guide and target. compact: 4 x 16 x 16 tokens.",
                 ),
                 ranged(io.Int, "rank", 16, 1, 1024, 1, "Rank of the LoRA. More learns more."),
                 ranged(
@@ -139,8 +143,8 @@ class AtlasVidTrainLoRA(io.ComfyNode):
                     max=10_000.0,
                     step=0.01,
                     optional=True,
-                    tooltip="Stage guide: how many times each of the guide's keys counts. The LoRA "
-                    "names it, and sampling then uses it. 1 is plain attention.",
+                    tooltip="Stages guide and target: how many times each of the guide's keys "
+                    "counts. The LoRA names it, and sampling then uses it. 1 is plain attention.",
                 ),
                 io.Video.Input(
                     "videos",
@@ -156,7 +160,8 @@ class AtlasVidTrainLoRA(io.ComfyNode):
             ],
             outputs=[
                 GuideLoraType.Output(
-                    "guide_lora", tooltip="The trained LoRA at strength 1, in stage guide."
+                    "guide_lora",
+                    tooltip="The trained LoRA at strength 1, in stages guide and target.",
                 ),
                 io.Custom("LORA_MODEL").Output(
                     "lora", tooltip="The trained LoRA for Load LoRA Model, in stage proxy."
@@ -194,10 +199,10 @@ class AtlasVidTrainLoRA(io.ComfyNode):
             on_step=LossPreview(settings.steps).show,
         )
         curve = as_image(draw_losses(result.losses))
-        guide = settings.stage == "guide"
+        detail = settings.is_detail
         return io.NodeOutput(
-            load_guide_lora(result.path, strength=1.0) if guide else ExecutionBlocker(NOT_A_GUIDE),
-            ExecutionBlocker(NOT_A_PROXY) if guide else load_file(result.path),
+            load_guide_lora(result.path, strength=1.0) if detail else ExecutionBlocker(NOT_A_GUIDE),
+            ExecutionBlocker(NOT_A_PROXY) if detail else load_file(result.path),
             curve,
             str(result.path),
             ui={

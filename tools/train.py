@@ -3,7 +3,7 @@
     python tools/train.py guide --clips my_clips --model wan2.1_t2v_1.3B_bf16.safetensors \\
         --text-encoder umt5_xxl_fp8_e4m3fn_scaled.safetensors --vae wan_2.1_vae.safetensors
 
-Stage guide makes a LoRA for AtlasVid Guide LoRA, stage proxy an ordinary one for the model that
+Stage guide (or target) makes a LoRA for AtlasVid Guide LoRA, stage proxy an ordinary one for the model that
 samples the proxy. Run again to go on from where a run was stopped. --tiny tries it on small random
 models. The first run fetches a ComfyUI and an environment where there is none of yours.
 """
@@ -30,7 +30,7 @@ def arguments() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("stage", choices=("guide", "proxy"), help="what the LoRA is for")
+    add("stage", choices=("guide", "proxy", "target"), help="what the LoRA is for")
     add("--clips", type=Path, required=True, metavar="FOLDER", help="clips and captions")
     add("--name", help="of the LoRA and the run (default: atlasvid_<stage>)")
 
@@ -69,14 +69,19 @@ def arguments() -> argparse.ArgumentParser:
         ("cuts-per-clip", int, 4, "at most"),
         ("save-every", int, 250, "steps between checkpoints"),
         ("seed", int, 0, "of everything random"),
-        ("guide-weight", float, 1.0, "times that each of the guide's keys counts in stage guide"),
+        (
+            "guide-weight",
+            float,
+            1.0,
+            "times that each of the guide's keys counts in stages guide and target",
+        ),
     ):
         run.add_argument(f"--{name}", type=kind, default=default, help=f"{text} ({default})")
     run.add_argument(
         "--window",
         choices=("compact", "trained size"),
         default="compact",
-        help="windows of stage guide (compact)",
+        help="windows of stages guide and target (compact)",
     )
     run.add_argument("--restart", action="store_true", help="forget a stopped run of this name")
 

@@ -17,6 +17,7 @@ from ..comfyui import management, media, models
 from ..families.wan import TEXT_WIDTH
 from ..geometry.grid import Grid
 from ..geometry.plan import Plan
+from ..lora.recipe import DETAIL_STAGES
 from .clips import Clip, Unusable, cut_starts, read_cut, resized
 from .files import save_tensors
 
@@ -29,7 +30,7 @@ class Sample:
     """What one training step learns from. Latents are ComfyUI's, not yet normalised."""
 
     target: Tensor | None
-    """[1, C, T, H, W], in stage guide."""
+    """[1, C, T, H, W], in the stages of the detail branch."""
     guide: Tensor
     """[1, C, F_g, H_g, W_g]; in stage proxy this is what is learned."""
     text: Tensor
@@ -74,7 +75,7 @@ class LatentCache:
         self.text_encoder = text_encoder
         self.made_from = {
             "plan": {k: v for k, v in asdict(plan).items() if k != "notes"},
-            "stage": stage,
+            "stage": "guide" if stage in DETAIL_STAGES else stage,  # the same latents
             "vae": fingerprint(media.vae_weights(vae)),
             "text encoder": text_fingerprint(text_encoder),
         }
@@ -134,7 +135,7 @@ class LatentCache:
         plan = self.plan
         size = plan.proxy_width, plan.proxy_height
         tensors = {}
-        if self.stage == "guide":
+        if self.stage in DETAIL_STAGES:
             frames = read_cut(clip, start, plan.frames, plan.fps, plan.width, plan.height)
             tensors["target"] = self._latent(frames, plan.latent)
             proxy = resized(frames[:: plan.temporal_stride], *size)
@@ -184,7 +185,7 @@ class LatentCache:
         except ValueError:
             return False
         sizes = {"guide": self.plan.proxy_latent}
-        if self.stage == "guide":
+        if self.stage in DETAIL_STAGES:
             sizes["target"] = self.plan.latent
         return all(tensor.isfinite().all() for tensor in tensors.values()) and all(
             name in tensors and tensors[name].shape[2:] == torch.Size(size)

@@ -19,7 +19,7 @@ from ..geometry.grid import Grid
 from ..geometry.layout import Layout
 from ..geometry.plan import Plan
 from ..log import log
-from ..lora.recipe import STAGES, Recipe, pack_version
+from ..lora.recipe import DETAIL_STAGES, STAGES, Recipe, pack_version
 from .adapters import TARGETS, build_adapters, require_rank
 from .cache import Dataset, Sample
 from .curve import save_losses
@@ -34,8 +34,12 @@ USUAL_RATES = {"AdamW": 1e-4, "Prodigy": 1.0}
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 GRADIENT_NORM = 1.0
 """Gradients are scaled down to this norm, so that one odd clip cannot undo the rest."""
-KEY_PREFIX = {"proxy": "diffusion_model.", "guide": "base_model.model."}
-"""Stock loaders match every key of the first, and none of the second, which is not for them."""
+KEY_PREFIX = {
+    "proxy": "diffusion_model.",
+    "guide": "base_model.model.",
+    "target": "base_model.model.",
+}
+"""Stock loaders match every key of the first, and none of the others, which are not for them."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class TrainSettings:
     learning_rate: float = 0.0
     """0 is the optimizer's usual one."""
     window: Grid | None = None
-    """Tokens per window, in stage guide."""
+    """Tokens per window, in the stages of the detail branch."""
     noise: NoiseLevels = field(default_factory=NoiseLevels)
     caption_dropout: float = 0.1
     """Share of steps that learn without words, for classifier-free guidance."""
@@ -61,7 +65,7 @@ class TrainSettings:
     seed: int = 0
     save_every: int = 250
     guide_weight: float = 1.0
-    """How often each of the guide's keys counts in the softmax, in stage guide."""
+    """How often each of the guide's keys counts in the softmax, in those stages."""
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -81,6 +85,11 @@ class TrainSettings:
                 f"guide_weight is {self.guide_weight:g}; give a number above 0: 1 reads the "
                 "guide's keys as they are, and a guide that is not read cannot be learned."
             )
+
+    @property
+    def is_detail(self) -> bool:
+        """Whether the LoRA is for the detail branch."""
+        return self.stage in DETAIL_STAGES
 
     @property
     def rate(self) -> float:
@@ -167,8 +176,8 @@ def require_trainable(model: Any, plan: Plan, settings: TrainSettings) -> None:
             "them for an image. Train on a text-to-video model (Wan 2.1 T2V, 2.2 T2V A14B or "
             "2.2 TI2V-5B)."
         )
-    if settings.stage == "guide" and settings.window is None:
-        raise ValueError("Stage guide needs a window.")
+    if settings.is_detail and settings.window is None:
+        raise ValueError(f"Stage {settings.stage} needs a window.")
     require_rank(net, settings.rank)
 
 
@@ -229,7 +238,7 @@ class Trainer:
         width = self.dtype.itemsize * self.base.dim
         tokens = self.plan.proxy_tokens.count
         chunk = tokens
-        if self.settings.stage == "guide":
+        if self.settings.is_detail:
             tokens, chunk = tokens + self.plan.tokens.count, max(tokens, CARD_CHUNK)
         return (self.base.layers + 8) * tokens * width + 60 * chunk * width
 
@@ -370,7 +379,9 @@ class Trainer:
             models.process_latent_in(self.patcher, sample.guide),
             guide_weight=self.settings.guide_weight,
         )
-        nets = Nets(self.frozen, self.adapters.view)
+        nets = Nets(target=self.frozen, guide=self.adapters.view)
+        if self.settings.stage == "target":
+            nets = Nets(target=self.adapters.view, guide=self.frozen)
         return guide_forward(nets, self.family, detail, (x, timestep, text), self.chunk)
 
     # --- Files ------------------------------------------------------------------------------
@@ -381,7 +392,7 @@ class Trainer:
 
     def recipe(self) -> Recipe:
         """What the saved LoRA says of itself."""
-        settings, guide = self.settings, self.settings.stage == "guide"
+        settings, guide = self.settings, self.settings.is_detail
         return Recipe(
             stage=settings.stage,
             temporal_stride=self.plan.temporal_stride,
@@ -393,6 +404,7 @@ class Trainer:
             steps=self.step,
             version=pack_version(),
             guide_weight=settings.guide_weight if guide else None,
+            ratio=self.plan.ratio if guide else None,
         )
 
     def lora_tensors(self) -> dict[str, Tensor]:

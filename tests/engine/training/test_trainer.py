@@ -15,7 +15,7 @@ from atlasvid.engine.comfyui import management, media, models
 from atlasvid.engine.families import tiny
 from atlasvid.engine.geometry.grid import Grid
 from atlasvid.engine.lora.guide import load_guide_lora
-from atlasvid.engine.lora.recipe import BaseShape, Recipe, pack_version
+from atlasvid.engine.lora.recipe import BaseShape, Recipe, STAGES, pack_version
 from atlasvid.engine.proxy.frequencies import apply_rope_method
 from atlasvid.engine.training.cache import LatentCache
 from atlasvid.engine.training.clips import clips_in_folder
@@ -60,7 +60,7 @@ def data(folder, vae, text_encoder):
         stage: LatentCache(folder / "cache", PLAN, stage, vae, text_encoder).build(
             clips_in_folder(folder), 1
         )
-        for stage in ("proxy", "guide")
+        for stage in STAGES
     }
 
 
@@ -81,7 +81,7 @@ def trainer(tmp_path, chosen, model=None, plan=PLAN):
 def trained(data, tmp_path_factory):
     """A short run of each stage, its adapters far enough from 0 to matter."""
     runs = {}
-    for stage in ("proxy", "guide"):
+    for stage in STAGES:
         run = trainer(
             tmp_path_factory.mktemp(stage), settings(stage, 3, learning_rate=0.05, guide_weight=6.0)
         )
@@ -94,10 +94,10 @@ def predicted(run, sample, x, text):
         return run.predict(x, 0.6, text, sample)
 
 
-@pytest.mark.parametrize("stage", ["proxy", "guide"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_the_lora_says_what_it_is_for(trained, stage):
     _, result = trained[stage]
-    guide = stage == "guide"
+    guide = stage != "proxy"
     expected = Recipe(
         stage,
         temporal_stride=4,
@@ -109,6 +109,7 @@ def test_the_lora_says_what_it_is_for(trained, stage):
         steps=3,
         version=pack_version(),
         guide_weight=6.0 if guide else None,
+        ratio=PLAN.ratio if guide else None,
     )
     with safe_open(result.path, "pt") as file:
         assert Recipe.from_metadata(file.metadata()) == expected
@@ -142,28 +143,31 @@ def test_the_stock_loader_takes_every_key_of_a_proxy_lora(trained, data, caplog)
     assert relative_error(plain, ours) > 1e-2
 
 
-def test_inference_with_a_guide_lora_is_what_was_trained(trained, data):
-    run, result = trained["guide"]
-    sample = data["guide"].sample(0)
+@pytest.mark.parametrize(("stage", "other"), [("guide", "target"), ("target", "guide")])
+def test_inference_with_a_lora_of_one_stream_is_what_was_trained(trained, data, stage, other):
+    run, result = trained[stage]
+    sample = data[stage].sample(0)
     lora = load_guide_lora(result.path, 1.0)
     model = small_wan()
     x = models.process_latent_in(model, sample.target)
     ours = predicted(run, sample, x, sample.text)
     errors = []
-    for guide_lora, weight in ((lora, "auto"), (None, 6.0), (lora, 1.0)):
+    for used, weight in ((lora, "auto"), (None, 6.0), (lora, 1.0)):
         patched = apply_detail_branch(
             model,
             PLAN,
             sample.guide,
             WINDOW,
             "clean",
-            guide_lora=guide_lora,
+            **{f"{stage}_lora": used},
             guide_weight=weight,
         )
         out = forward(patched, x, torch.tensor([600.0]), sample.text)
         errors.append(relative_error(out, ours))
     assert errors[0] < 1e-5
     assert min(errors[1:]) > 1e-2
+    with pytest.raises(ValueError, match=f"Connect it to {stage}_lora, not to {other}_lora"):
+        apply_detail_branch(model, PLAN, sample.guide, WINDOW, "clean", **{f"{other}_lora": lora})
 
 
 def test_the_stock_loader_takes_no_key_of_a_guide_lora(trained):
