@@ -3,8 +3,8 @@
     python tools/train.py guide --clips my_clips --model wan2.1_t2v_1.3B_bf16.safetensors \\
         --text-encoder umt5_xxl_fp8_e4m3fn_scaled.safetensors --vae wan_2.1_vae.safetensors
 
-Stage guide (or target) makes a LoRA for AtlasVid Guide LoRA, stage proxy an ordinary one for the model that
-samples the proxy. Run again to go on from where a run was stopped. --tiny tries it on small random
+Stage guide (or target) makes a LoRA for AtlasVid Guide LoRA, stage proxy an ordinary one for the
+model that samples the proxy. Run again to go on from where a run was stopped. --tiny tries it on small random
 models. The first run fetches a ComfyUI and an environment where there is none of yours.
 """
 
@@ -73,7 +73,7 @@ def arguments() -> argparse.ArgumentParser:
             "guide-weight",
             float,
             1.0,
-            "times that each of the guide's keys counts in stages guide and target",
+            "times that each of the guide's keys counts, but in stage proxy",
         ),
     ):
         run.add_argument(f"--{name}", type=kind, default=default, help=f"{text} ({default})")

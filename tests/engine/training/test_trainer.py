@@ -15,7 +15,7 @@ from atlasvid.engine.comfyui import management, media, models
 from atlasvid.engine.families import tiny
 from atlasvid.engine.geometry.grid import Grid
 from atlasvid.engine.lora.guide import load_guide_lora
-from atlasvid.engine.lora.recipe import BaseShape, Recipe, STAGES, pack_version
+from atlasvid.engine.lora.recipe import STAGES, BaseShape, Recipe, pack_version
 from atlasvid.engine.proxy.frequencies import apply_rope_method
 from atlasvid.engine.training.cache import LatentCache
 from atlasvid.engine.training.clips import clips_in_folder
