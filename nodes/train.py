@@ -14,9 +14,11 @@ from ..engine.training.clips import clips_given, folder_state, named_folder
 from ..engine.training.curve import LossPreview, as_image, draw_losses
 from ..engine.training.job import comfyui_job, train
 from ..engine.training.objective import NoiseLevels
+from ..engine.training.selection import Selection
 from ..engine.training.trainer import OPTIMIZERS, PRECISIONS, TrainSettings
 from .types import CATEGORY, GuideLoraType, PlanType
 
+FROM_NOTHING = "none"
 NOT_A_GUIDE = "Stage proxy makes an ordinary LoRA: use the lora output, or LoraLoaderModelOnly."
 NOT_A_PROXY = (
     "Stages guide and target make LoRAs for the detail branch: use the guide_lora output, or "
@@ -157,6 +159,45 @@ class AtlasVidTrainLoRA(io.ComfyNode):
                     force_input=True,
                     tooltip="Their captions, from the same node.",
                 ),
+                io.Combo.Input(
+                    "init",
+                    options=[FROM_NOTHING, *server.lora_names()],
+                    default=FROM_NOTHING,
+                    optional=True,
+                    advanced=True,
+                    tooltip="A LoRA to start from, of the same stage and rank: trained at 720P, "
+                    "say, to be tuned at a larger size.",
+                ),
+                io.Float.Input(
+                    "min_motion",
+                    default=0.0,
+                    min=0.0,
+                    max=255.0,
+                    step=0.1,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Leave out cuts in which less moves: change from frame to frame in "
+                    "grey levels. 0 takes all; the report lists what each has.",
+                ),
+                io.Float.Input(
+                    "min_sharpness",
+                    default=0.0,
+                    min=0.0,
+                    max=255.0,
+                    step=0.1,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Leave out softer cuts: detail that the proxy cannot hold (in stage "
+                    "proxy half the size) in grey levels. 0 takes all.",
+                ),
+                io.Boolean.Input(
+                    "weighted",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Learn up to four times as often from cuts with more motion and "
+                    "sharpness than others.",
+                ),
             ],
             outputs=[
                 GuideLoraType.Output(
@@ -178,11 +219,13 @@ class AtlasVidTrainLoRA(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, clip, vae, plan, window, shift, sigma_min, sigma_max, folder, name,
-        cuts_per_clip, resume, videos=(), captions=(), **chosen,
+        cuts_per_clip, resume, videos=(), captions=(), init=(FROM_NOTHING,), min_motion=(0.0,),
+        min_sharpness=(0.0,), weighted=(False,), **chosen,
     ) -> io.NodeOutput:  # fmt: skip
         settings = TrainSettings(
             window=preset_window(window[0], plan[0], custom=COMPACT),
             noise=NoiseLevels(shift=shift[0], low=sigma_min[0], high=sigma_max[0]),
+            init="" if init[0] == FROM_NOTHING else server.lora_path(init[0]),
             **{key: values[0] for key, values in chosen.items()},
         )
         result, dataset = train(
@@ -194,6 +237,9 @@ class AtlasVidTrainLoRA(io.ComfyNode):
             settings=settings,
             clips=clips_given(folder[0], videos=videos, captions=captions),
             resume=resume[0],
+            selection=Selection(
+                min_motion=min_motion[0], min_sharpness=min_sharpness[0], weighted=weighted[0]
+            ),
             cuts_per_clip=cuts_per_clip[0],
             on_clip=lambda done, total, clip: server.show_progress(f"clip {done}/{total}: {clip}"),
             on_step=LossPreview(settings.steps).show,

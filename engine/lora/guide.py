@@ -199,7 +199,7 @@ class GuideLora:
             ("guide_weight", guide_weight, recipe.trained_guide_weight),
         )
         for name, used, trained in settings:
-            if used != trained:
+            if not _is_alike(used, trained):
                 log.warning(
                     "Guide LoRA %s was trained with %s %s and is used with %s; expect less from "
                     "it, or change that.",
@@ -218,6 +218,13 @@ class GuideLora:
             for name, change in match(self.file.changes, model)[0].items()
         }
         return with_layers(model, layers)
+
+
+def _is_alike(used: Any, trained: Any) -> bool:
+    """Whether two settings are the same; ratios may differ by what rounding to tokens does."""
+    if isinstance(used, float) and isinstance(trained, float):
+        return abs(used - trained) <= 0.05 * trained
+    return used == trained
 
 
 def habits_of(*loras: GuideLora | None) -> Habits | None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import save_on_cpu
 
 from ..branch.settings import DetailSettings
 from ..comfyui import management, models
@@ -19,9 +21,11 @@ from ..geometry.grid import Grid
 from ..geometry.layout import Layout
 from ..geometry.plan import Plan
 from ..log import log
+from ..lora.files import read_lora
+from ..lora.guide import match
 from ..lora.recipe import DETAIL_STAGES, STAGES, Recipe, pack_version
-from .adapters import TARGETS, build_adapters, require_rank
-from .cache import Dataset, Sample
+from .adapters import TARGETS, Adapters, build_adapters, require_rank
+from .cache import Dataset, Sample, file_fingerprint
 from .curve import save_losses
 from .files import save_tensors
 from .forward import CARD_CHUNK, HOST_CHUNK, Nets, guide_forward, proxy_forward
@@ -66,6 +70,9 @@ class TrainSettings:
     save_every: int = 250
     guide_weight: float = 1.0
     """How often each of the guide's keys counts in the softmax, in those stages."""
+
+    init: str = ""
+    """A LoRA file to start from, perhaps trained at another size; empty: from the base model."""
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -181,6 +188,37 @@ def require_trainable(model: Any, plan: Plan, settings: TrainSettings) -> None:
     require_rank(net, settings.rank)
 
 
+def initial_weights(settings: TrainSettings, adapters: Adapters, net: Any) -> dict[str, Tensor]:
+    """The adapters' weights with those of the LoRA to start from in their place.
+
+    Layers that it does not change start anew.
+
+    Raises:
+        ValueError: it is unreadable, of another stage, base model or rank, or changes no layer.
+    """
+    file = read_lora(settings.init)
+    recipe = file.recipe
+    if recipe and recipe.stage != settings.stage:
+        raise ValueError(
+            f"{file.name} was trained for stage {recipe.stage}, and this is stage "
+            f"{settings.stage}. Start from a LoRA of the same stage."
+        )
+    weights, scale = adapters.tensors(), settings.alpha / settings.rank
+    found = {name: c for name, c in match(file.changes, net)[0].items() if name in adapters.layers}
+    if not found:
+        raise ValueError(f"{file.name} changes none of the layers that are trained here.")
+    for name, change in found.items():
+        if len(change.down) != settings.rank:
+            raise ValueError(
+                f"{file.name} has rank {len(change.down)}, and rank is {settings.rank}. Set rank "
+                f"to {len(change.down)}."
+            )
+        weights[f"{name}.lora_A.weight"] = change.down.float()
+        weights[f"{name}.lora_B.weight"] = change.up.float() * (change.scale / scale)
+    log.info("Starting from %s: %d of %d layers.", file.name, len(found), len(adapters.layers))
+    return weights
+
+
 class Trainer:
     """One training run: a LoRA in `path`, its curve beside it, and its state in `folder`.
 
@@ -225,10 +263,15 @@ class Trainer:
                 settings.seed,
                 self.device,
             )
+            if settings.init:
+                self.adapters.load(initial_weights(settings, self.adapters, net))
             self.optimizer = make_optimizer(
                 settings.optimizer, self.adapters.parameters(), settings.rate
             )
             self.frozen = frozen_view(net)
+        self.inputs_on_host = self.device.type != "cpu" and self.activation_bytes() > int(
+            0.9 * management.free_memory(self.device)
+        )
         self.dataset = NO_DATA
         self.losses: list[float] = []
         self.step = 0
@@ -331,6 +374,9 @@ class Trainer:
                     raise
             # Outside the handler, whose traceback keeps tensors and autograd's hooks alive.
             management.empty_cache()
+            if self.settings.is_detail and not self.inputs_on_host:
+                self.inputs_on_host = True
+                continue
             least = self.settings.window.count if self.settings.window else self.chunk.tokens
             if self.chunk.tokens <= least:
                 raise RuntimeError(
@@ -382,7 +428,9 @@ class Trainer:
         nets = Nets(target=self.frozen, guide=self.adapters.view)
         if self.settings.stage == "target":
             nets = Nets(target=self.adapters.view, guide=self.frozen)
-        return guide_forward(nets, self.family, detail, (x, timestep, text), self.chunk)
+        keep = save_on_cpu(pin_memory=self.device.type == "cuda")
+        with keep if self.inputs_on_host else nullcontext():
+            return guide_forward(nets, self.family, detail, (x, timestep, text), self.chunk)
 
     # --- Files ------------------------------------------------------------------------------
 
@@ -420,6 +468,8 @@ class Trainer:
         settings = asdict(self.settings)
         for name in ("steps", "save_every"):
             del settings[name]
+        if settings["init"]:  # by its content: the file may be moved, but not be another
+            settings["init"] = file_fingerprint(settings["init"])
         plan = {name: value for name, value in asdict(self.plan).items() if name != "notes"}
         samples = [file.stem for file in self.dataset.files]
         return {
