@@ -36,6 +36,8 @@ BASE = {
         "cuts_per_clip": 1,
         "save_every": 1,
         "resume": False,
+        "min_motion": 0.1,
+        "min_sharpness": 0.1,
     },
     "AtlasVidTinyModels": {"weights": "random"},  # the trained ones need no seed
     "AtlasVidImageToVideo": {"width": 32, "height": 48, "frames": 5},
