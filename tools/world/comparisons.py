@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from . import perceptual
 from .judge import Judge, can_be_counted, coloured_mask
 from .scenes import FPS, random_scene
 from .sheets import save_sheet
-from .studio import DEFAULT, METHODS, SETTINGS, Method, Studio
+from .studio import DEFAULT, METHODS, SETTINGS, Case, Method, Studio
 
 SHEETS = 4
 """Scenes of which pictures are kept."""
@@ -55,12 +57,27 @@ def judge_methods(
             ledger.add((name, method.name, seed), scores)
             shown.append(video)
             print(f"{name} {seed} {method.name}: {_brief(scores)}", flush=True)
+            if options.pictures and seed < SHEETS:
+                file = f"{name}_{seed}_{re.sub(r'[^0-9a-z.]+', '_', method.name.lower())}.png"
+                save_report(options.work / file, case, video, layouts[method.window])
         if seed < SHEETS:
             _save(options.work / f"{name}_{seed}.png", shown)
             titles = ["truth", *(m.name for m in missing)]
             middle = {t: v[len(v) // 2].half() for t, v in zip(titles, shown, strict=True)}
             kept = options.work / f"{name}_{seed}.pt"
             torch.save((torch.load(kept) if kept.exists() else {}) | middle, kept)
+
+
+def save_report(file: Path, case: Case, video: Tensor, layout: Any) -> str:
+    """Draw the quality report of a video of a case; its verdict."""
+    from atlasvid.engine.quality.report import measure_video
+    from atlasvid.engine.quality.report_picture import draw_report
+
+    report = measure_video(
+        video, case.plan, layout.window, overlap=layout.overlap, proxy=case.proxy_frames
+    )
+    draw_report(report).save(file)
+    return report.verdict
 
 
 def _brief(scores: dict[str, float]) -> str:
