@@ -13,6 +13,7 @@ from .encode import AtlasVidEncode, AtlasVidImageToVideo
 from .flashvsr import AtlasVidFlashVSR, AtlasVidFlashVSRLoader, AtlasVidTCDecode
 from .lora import AtlasVidGuideLoRA
 from .plan import AtlasVidPlan
+from .report import AtlasVidReport
 from .resume import AtlasVidResume
 from .rope import AtlasVidRoPE
 from .tiny import AtlasVidTinyModels
@@ -35,6 +36,7 @@ NODES: list[type[io.ComfyNode]] = [
     AtlasVidFlashVSRLoader,
     AtlasVidFlashVSR,
     AtlasVidTCDecode,
+    AtlasVidReport,
 ]
 
 

@@ -6,12 +6,19 @@ from ..engine.branch.apply import apply_detail_branch
 from ..engine.branch.attention import BACKENDS
 from ..engine.branch.settings import GUIDE_NOISE, preset_guide_noise, preset_window
 from ..engine.device.budget import AUTO
-from ..engine.geometry.grid import Grid
 from ..engine.geometry.layout import OVERLAPS
+from ..engine.lora.guide import habits_of
 from ..engine.proxy.latents import require_proxy, upscale_proxy
 from ..engine.proxy.structure import apply_structure_guidance
 from .limits import within_limits
-from .types import CATEGORY, GuideLoraType, PlanType, memory_budget_input
+from .types import (
+    CATEGORY,
+    GuideLoraType,
+    PlanType,
+    custom_window,
+    memory_budget_input,
+    window_input,
+)
 
 
 class AtlasVidDetailLatent(io.ComfyNode):
@@ -54,34 +61,11 @@ class AtlasVidHierarchicalAttention(io.ComfyNode):
                     tooltip="The Wan model that samples the target, without AtlasVid RoPE.",
                 ),
                 PlanType.Input("plan", tooltip="The plan of the video."),
-                io.DynamicCombo.Input(
-                    "window",
-                    options=[
-                        io.DynamicCombo.Option("auto", []),
-                        io.DynamicCombo.Option("compact", []),
-                        io.DynamicCombo.Option("trained size", []),
-                        io.DynamicCombo.Option(
-                            "custom",
-                            [
-                                io.Int.Input(
-                                    name,
-                                    default=default,
-                                    min=1,
-                                    max=512,
-                                    tooltip=f"Tokens of a window along the {axis}.",
-                                )
-                                for name, default, axis in (
-                                    ("frames", 4, "time axis (one token is one latent frame)"),
-                                    ("height", 16, "height (one token is 16 pixels)"),
-                                    ("width", 16, "width (one token is 16 pixels)"),
-                                )
-                            ],
-                        ),
-                    ],
-                    tooltip="auto: what the guide LoRA was trained with, trained size without one. "
+                window_input(
+                    "auto: what the guide LoRA was trained with, trained size without one. "
                     "compact: 4 x 16 x 16 tokens, fastest, for use with a guide LoRA. "
                     "trained size: the proxy's own grid, for the model as it is. "
-                    "custom: your own sizes.",
+                    "custom: your own sizes."
                 ),
                 io.Combo.Input(
                     "overlap",
@@ -97,7 +81,9 @@ class AtlasVidHierarchicalAttention(io.ComfyNode):
                     default="auto",
                     tooltip="auto: clean with a guide LoRA, matched without one. "
                     "matched: the proxy is noised to the step's level, for the model as "
-                    "it is. clean: the proxy as it is, for use with a guide LoRA.",
+                    "it is. clean: the proxy as it is, for use with a guide LoRA. joint: the guide "
+                    "is denoised beside the target, from the proxy noised to the first step's "
+                    "level.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -171,6 +157,12 @@ class AtlasVidHierarchicalAttention(io.ComfyNode):
                     tooltip="A LoRA that acts on the guide only; the target keeps the model's own "
                     "weights and LoRAs.",
                 ),
+                GuideLoraType.Input(
+                    "target_lora",
+                    optional=True,
+                    tooltip="A LoRA that acts on the target's tokens only, trained in stage "
+                    "target; the guide keeps the model's own weights, or its own LoRA.",
+                ),
             ],
             outputs=[io.Model.Output("model", tooltip="The model, ready to sample the target.")],
         )
@@ -193,14 +185,14 @@ class AtlasVidHierarchicalAttention(io.ComfyNode):
         guide_margin=0,
         proxy=None,
         guide_lora=None,
+        target_lora=None,
     ) -> io.NodeOutput:
-        custom = Grid(*(window.get(side, 1) for side in ("frames", "height", "width")))
-        habits = guide_lora.habits if guide_lora else None
+        habits, sizes = habits_of(guide_lora, target_lora), custom_window(window)
         patched = apply_detail_branch(
             model,
             plan,
             None if proxy is None else proxy["samples"],
-            window=preset_window(window["window"], plan, custom=custom, habits=habits),
+            window=preset_window(window["window"], plan, custom=sizes, habits=habits),
             overlap=overlap,
             guide_noise=preset_guide_noise(guide_noise, habits),
             start_percent=start_percent,
@@ -211,6 +203,7 @@ class AtlasVidHierarchicalAttention(io.ComfyNode):
             guide_weight=guide_weight,
             guide_margin=guide_margin,
             guide_lora=guide_lora,
+            target_lora=target_lora,
         )
         return io.NodeOutput(patched)
 

@@ -15,8 +15,9 @@ class AtlasVidGuideLoRA(io.ComfyNode):
             node_id="AtlasVidGuideLoRA",
             display_name="AtlasVid Guide LoRA",
             category=CATEGORY,
-            description="Loads a LoRA that acts on the guide only, while the target keeps the "
-            "model's own weights. For the guide_lora input of AtlasVid Hierarchical Attention.",
+            description="Loads a LoRA that acts on one stream only, while the other keeps the "
+            "model's own weights. For the guide_lora or target_lora input of AtlasVid "
+            "Hierarchical Attention.",
             search_aliases=["lora loader", "detail lora"],
             inputs=[
                 io.Combo.Input(
@@ -31,7 +32,7 @@ class AtlasVidGuideLoRA(io.ComfyNode):
                     min=-10.0,
                     max=10.0,
                     step=0.05,
-                    tooltip="How strongly it changes the guide. 0 turns it off.",
+                    tooltip="How strongly it changes its stream. 0 turns it off.",
                 ),
             ],
             outputs=[

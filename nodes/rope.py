@@ -41,9 +41,10 @@ class AtlasVidRoPE(io.ComfyNode):
                     "method",
                     options=list(METHODS),
                     default="linear",
-                    tooltip="linear scales every frequency (as in the paper, and as the stock "
-                    "ScaleROPE); ntk and yarn scale the slow frequencies and keep the fast; "
-                    "riflex is linear with one slow frequency lowered against repetition.",
+                    tooltip="linear scales every frequency, as the stock ScaleROPE does; how the "
+                    "paper scales them is not public, and this is inferred. ntk and yarn scale "
+                    "the slow frequencies and keep the fast; riflex is linear with one slow "
+                    "frequency lowered against repetition.",
                 ),
                 PlanType.Input(
                     "plan",

@@ -14,12 +14,17 @@ from ..engine.training.clips import clips_given, folder_state, named_folder
 from ..engine.training.curve import LossPreview, as_image, draw_losses
 from ..engine.training.job import comfyui_job, train
 from ..engine.training.objective import NoiseLevels
+from ..engine.training.selection import Selection
 from ..engine.training.trainer import OPTIMIZERS, PRECISIONS, TrainSettings
 from .limits import within_limits
 from .types import CATEGORY, GuideLoraType, PlanType
 
+FROM_NOTHING = "none"
 NOT_A_GUIDE = "Stage proxy makes an ordinary LoRA: use the lora output, or LoraLoaderModelOnly."
-NOT_A_PROXY = "Stage guide makes a guide LoRA: use the guide_lora output, or AtlasVid Guide LoRA."
+NOT_A_PROXY = (
+    "Stages guide and target make LoRAs for the detail branch: use the guide_lora output, or "
+    "AtlasVid Guide LoRA."
+)
 
 
 def ranged(kind, name, default, low, high, step, tooltip):
@@ -35,7 +40,7 @@ class AtlasVidTrainLoRA(io.ComfyNode):
             display_name="AtlasVid Train LoRA",
             category=CATEGORY,
             description="Trains a LoRA on your clips: for the proxy (an ordinary LoRA), or for the "
-            "guide (for AtlasVid Guide LoRA). A stopped run goes on where it was.",
+            "guide or the target (for AtlasVid Guide LoRA). A stopped run goes on where it was.",
             search_aliases=["lora training", "finetune", "peft"],
             is_output_node=True,
             is_input_list=True,
@@ -51,10 +56,11 @@ class AtlasVidTrainLoRA(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "stage",
-                    options=list(reversed(STAGES)),
+                    options=["guide", *(stage for stage in STAGES if stage != "guide")],
                     default="guide",
                     tooltip="guide: the detail branch learns to read its guide. proxy: the model "
-                    "learns to make slow proxies.",
+                    "learns to make slow proxies. target: as guide, but the target's tokens learn "
+                    "and the guide's pass the model as it is.",
                 ),
                 io.String.Input(
                     "name",
@@ -72,7 +78,7 @@ class AtlasVidTrainLoRA(io.ComfyNode):
                     "window",
                     options=["compact", "trained size"],
                     default="compact",
-                    tooltip="Windows of stage guide. compact: 4 x 16 x 16 tokens.",
+                    tooltip="Windows of stages guide and target. compact: 4 x 16 x 16 tokens.",
                 ),
                 ranged(io.Int, "rank", 16, 1, 1024, 1, "Rank of the LoRA. More learns more."),
                 ranged(
@@ -140,8 +146,8 @@ class AtlasVidTrainLoRA(io.ComfyNode):
                     max=10_000.0,
                     step=0.01,
                     optional=True,
-                    tooltip="Stage guide: how many times each of the guide's keys counts. The LoRA "
-                    "names it, and sampling then uses it. 1 is plain attention.",
+                    tooltip="Stages guide and target: how many times each of the guide's keys "
+                    "counts. The LoRA names it, and sampling then uses it. 1 is plain attention.",
                 ),
                 io.Video.Input(
                     "videos",
@@ -154,10 +160,50 @@ class AtlasVidTrainLoRA(io.ComfyNode):
                     force_input=True,
                     tooltip="Their captions, from the same node.",
                 ),
+                io.Combo.Input(
+                    "init",
+                    options=[FROM_NOTHING, *server.lora_names()],
+                    default=FROM_NOTHING,
+                    optional=True,
+                    advanced=True,
+                    tooltip="A LoRA to start from, of the same stage and rank: trained at 720P, "
+                    "say, to be tuned at a larger size.",
+                ),
+                io.Float.Input(
+                    "min_motion",
+                    default=0.0,
+                    min=0.0,
+                    max=255.0,
+                    step=0.1,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Leave out cuts in which less moves: change from frame to frame in "
+                    "grey levels. 0 takes all; the report lists what each has.",
+                ),
+                io.Float.Input(
+                    "min_sharpness",
+                    default=0.0,
+                    min=0.0,
+                    max=255.0,
+                    step=0.1,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Leave out softer cuts: detail that the proxy cannot hold (in stage "
+                    "proxy half the size) in grey levels. 0 takes all.",
+                ),
+                io.Boolean.Input(
+                    "weighted",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Learn up to four times as often from cuts with more motion and "
+                    "sharpness than others.",
+                ),
             ],
             outputs=[
                 GuideLoraType.Output(
-                    "guide_lora", tooltip="The trained LoRA at strength 1, in stage guide."
+                    "guide_lora",
+                    tooltip="The trained LoRA at strength 1, in stages guide and target.",
                 ),
                 io.Custom("LORA_MODEL").Output(
                     "lora", tooltip="The trained LoRA for Load LoRA Model, in stage proxy."
@@ -175,11 +221,13 @@ class AtlasVidTrainLoRA(io.ComfyNode):
     @within_limits
     def execute(
         cls, model, clip, vae, plan, window, shift, sigma_min, sigma_max, folder, name,
-        cuts_per_clip, resume, videos=(), captions=(), **chosen,
+        cuts_per_clip, resume, videos=(), captions=(), init=(FROM_NOTHING,), min_motion=(0.0,),
+        min_sharpness=(0.0,), weighted=(False,), **chosen,
     ) -> io.NodeOutput:  # fmt: skip
         settings = TrainSettings(
             window=preset_window(window[0], plan[0], custom=COMPACT),
             noise=NoiseLevels(shift=shift[0], low=sigma_min[0], high=sigma_max[0]),
+            init="" if init[0] == FROM_NOTHING else server.lora_path(init[0]),
             **{key: values[0] for key, values in chosen.items()},
         )
         result, dataset = train(
@@ -191,15 +239,18 @@ class AtlasVidTrainLoRA(io.ComfyNode):
             settings=settings,
             clips=clips_given(folder[0], videos=videos, captions=captions),
             resume=resume[0],
+            selection=Selection(
+                min_motion=min_motion[0], min_sharpness=min_sharpness[0], weighted=weighted[0]
+            ),
             cuts_per_clip=cuts_per_clip[0],
             on_clip=lambda done, total, clip: server.show_progress(f"clip {done}/{total}: {clip}"),
             on_step=LossPreview(settings.steps).show,
         )
         curve = as_image(draw_losses(result.losses))
-        guide = settings.stage == "guide"
+        detail = settings.is_detail
         return io.NodeOutput(
-            load_guide_lora(result.path, strength=1.0) if guide else ExecutionBlocker(NOT_A_GUIDE),
-            ExecutionBlocker(NOT_A_PROXY) if guide else load_file(result.path),
+            load_guide_lora(result.path, strength=1.0) if detail else ExecutionBlocker(NOT_A_GUIDE),
+            ExecutionBlocker(NOT_A_PROXY) if detail else load_file(result.path),
             curve,
             str(result.path),
             ui={

@@ -1,8 +1,11 @@
 """Socket types and inputs that several nodes share."""
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..engine.device.budget import AUTO, BUDGETS
+from ..engine.geometry.grid import Grid
 
 PlanType = io.Custom("ATLASVID_PLAN")
 FlashVSRType = io.Custom("ATLASVID_FLASHVSR")
@@ -21,3 +24,33 @@ def memory_budget_input(tooltip: str) -> io.Combo.Input:
         advanced=True,
         tooltip=tooltip,
     )
+
+
+def window_input(tooltip: str) -> io.DynamicCombo.Input:
+    """A choice of the presets of windows, or of sizes of one's own."""
+    sides = (
+        ("frames", 4, "time axis (one token is one latent frame)"),
+        ("height", 16, "height (one token is 16 pixels)"),
+        ("width", 16, "width (one token is 16 pixels)"),
+    )
+    sizes = [
+        io.Int.Input(
+            name,
+            default=default,
+            min=1,
+            max=512,
+            tooltip=f"Tokens of a window along the {axis}.",
+        )
+        for name, default, axis in sides
+    ]
+    options = {AUTO: [], "compact": [], "trained size": [], "custom": sizes}
+    return io.DynamicCombo.Input(
+        "window",
+        options=[io.DynamicCombo.Option(key, inputs) for key, inputs in options.items()],
+        tooltip=tooltip,
+    )
+
+
+def custom_window(chosen: dict[str, Any]) -> Grid:
+    """The sizes that a window input brings along; 1 for those that it does not."""
+    return Grid(*(chosen.get(side, 1) for side in ("frames", "height", "width")))

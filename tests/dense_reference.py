@@ -105,11 +105,15 @@ def dense_forward(
     adapted=nullcontext,
     guide_weight=1.0,
     guide_margin=0,
+    target_adapted=nullcontext,
+    with_guide=False,
 ):
     """x [B, C, T, H, W], guide [B, C, F_g, H_g, W_g] already noised -> [B, C_out, T, H, W].
 
-    `adapted()` is entered while the model works on the guide's tokens. Target queries count each
-    guide key `guide_weight` times and read `guide_margin` more on each side.
+    `adapted()` is entered while the model works on the guide's tokens, `target_adapted()` while it
+    works on the target's. Target queries count each guide key `guide_weight` times and read
+    `guide_margin` more on each side. With `with_guide`, what the model predicts for the guide
+    [B, C_out, F_g, H_g, W_g] is given too.
     """
     items = [
         _dense_item(
@@ -126,18 +130,22 @@ def dense_forward(
             adapted,
             guide_weight,
             guide_margin,
+            target_adapted,
         )
         for b in range(len(x))
     ]
-    return torch.cat(items)
+    outs, of_guide = zip(*items, strict=True)
+    return (torch.cat(outs), torch.cat(of_guide)) if with_guide else torch.cat(outs)
 
 
 def _dense_item(
-    model, x, t, context, window, guide, guide_t, stride, clip_fea, overlap, adapted, times, margin
-):
+    model, x, t, context, window, guide, guide_t, stride, clip_fea, overlap, adapted, times, margin,
+    target_adapted,
+):  # fmt: skip
     heads = model.num_heads
     tokens, (f, h, w) = embed(model, x)
-    e = time_rows(model, t)
+    with target_adapted():
+        e = time_rows(model, t)
     frames = torch.arange(f).repeat_interleave(h * w)
     row_of = frames if e.shape[1] > 1 else torch.zeros_like(frames)
     own = grid_positions(torch.arange(f), torch.arange(h), torch.arange(w))
@@ -173,10 +181,11 @@ def _dense_item(
         ]
         mask = torch.einsum("ab,cd,ef->acebdf", *(s.float() for s in inside))
         mask = mask.reshape(f * h * w, f * h * w).bool()
-        m = rows(block, e, row_of)
-        y = block.norm1(tokens) * (1 + m[1]) + m[0]
-        q, k = turn(split(attn.norm_q(attn.q(y))), own), turn(split(attn.norm_k(attn.k(y))), own)
-        v = split(attn.v(y))
+        with target_adapted():
+            m = rows(block, e, row_of)
+            y = block.norm1(tokens) * (1 + m[1]) + m[0]
+            q, k = (turn(split(x), own) for x in (attn.norm_q(attn.q(y)), attn.norm_k(attn.k(y))))
+            v = split(attn.v(y))
         if guide is not None:
             with adapted():
                 gm = rows(block, ge, g_row)
@@ -203,11 +212,19 @@ def _dense_item(
                 g = _rest(block, g, g_out, gm, text, image_tokens)
         else:
             out = attend(q, k, v, mask)
-        tokens = _rest(block, tokens, out, m, text, image_tokens)
+        with target_adapted():
+            tokens = _rest(block, tokens, out, m, text, image_tokens)
 
-    y = _head(model.head, tokens, e, row_of)
+    of_guide = None
+    if guide is not None:
+        of_guide = _unpatched(_head(model.head, g, ge, g_row), (fg, hg, wg), guide)
+    return _unpatched(_head(model.head, tokens, e, row_of), (f, h, w), x), of_guide
+
+
+def _unpatched(y, grid, like):
+    f, h, w = grid
     y = y.view(1, f, h, w, 2, 2, -1).permute(0, 6, 1, 2, 4, 3, 5)
-    return y.reshape(1, -1, f, h * 2, w * 2)[..., : x.shape[-2], : x.shape[-1]]
+    return y.reshape(1, -1, f, h * 2, w * 2)[..., : like.shape[-2], : like.shape[-1]]
 
 
 def _head(head, tokens, e, row_of):

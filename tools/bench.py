@@ -15,7 +15,7 @@ from pathlib import Path
 
 SUBCOMMANDS = {
     "attention": "a forward against the stock one, its floor, and its growth over tokens",
-    "pipeline": "proxy, detail and decode against native sampling, stage by stage",
+    "pipeline": "text, proxy, detail and decode against stock sampling, by configuration",
     "cost": "the plan's estimate of time against the clock",
     "decode": "the decode against the untiled and the stock tiled one",
     "flashvsr": "FlashVSR's parts against what they stand in for",

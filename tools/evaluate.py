@@ -44,6 +44,12 @@ def arguments() -> argparse.ArgumentParser:
         action="store_true",
         help="add scenes to those in benchmarks/quality.jsonl, of the same models and code",
     )
+    parser.add_argument(
+        "--pictures",
+        action="store_true",
+        help="the quality report of every method on the first scenes too, as the node draws it, "
+        "into the work folder",
+    )
     parser.add_argument("--report", action="store_true", help="only write benchmarks/quality.md")
     return parser
 

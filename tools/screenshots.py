@@ -4,6 +4,7 @@ python tools/screenshots.py nodes       one picture per node, into web/docs/imag
 python tools/screenshots.py workflows   a thumbnail per workflow, into workflows
 python tools/screenshots.py readme      the README's pictures, into web/docs/images
 python tools/screenshots.py demo        frames of what the demo makes, into web/docs/images
+python tools/screenshots.py report      a quality report on the demo, into web/docs/images
 python tools/screenshots.py art         icon and banner, from their SVG
 """
 
@@ -26,13 +27,14 @@ from typing import Any
 import browser
 import comfy_server
 from environment import COMFYUI, ROOT, prepare
-from twins import PROMPT, TINY, tiny_twin
+from twins import PROMPT, TINY, TRAINING, tiny_twin
 from workflow import to_prompt
 
 IMAGES = ROOT / "web" / "docs" / "images"
 WORKFLOWS = ROOT / "workflows"
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}
 THUMBNAIL = {"width": 800, "height": 450}
+TRAINED_STEPS = 30
 SHOWN = (
     "wide view of a red balloon drifting left over hills at noon",
     "wide view of a yellow balloon drifting right over snow at dusk",
@@ -118,12 +120,12 @@ def launched(playwright: Any, width: int, height: int, scale: float) -> Any:
     return browser.launch(playwright).new_page(viewport=size, device_scale_factor=scale)
 
 
-def nodes() -> None:
+def nodes(only: str) -> None:
     """One picture per node of the pack."""
     IMAGES.mkdir(parents=True, exist_ok=True)
     with opened(1000, 1300) as page:
         known = page.evaluate("() => Object.keys(LiteGraph.registered_node_types)")
-        kinds = [kind for kind in known if kind.startswith("AtlasVid")]
+        kinds = [kind for kind in known if kind.startswith("AtlasVid") and only in kind]
         page.add_style_tag(content=ONLY_GRAPH)
         for kind in kinds:
             box = page.evaluate(ONE_NODE, kind)
@@ -136,8 +138,8 @@ def nodes() -> None:
             page.screenshot(path=IMAGES / f"{kind}.png", clip=clip)
 
 
-def workflows() -> None:
-    """A thumbnail beside every workflow: a frame of what its tiny twin makes.
+def workflows(only: str) -> None:
+    """A thumbnail beside every workflow: a frame, or the loss curve, of what its tiny twin makes.
 
     An image-to-video graph has no tiny twin that was trained; it is drawn.
     """
@@ -150,6 +152,8 @@ def workflows() -> None:
         server = comfy_server.running(Path(sys.executable), comfyui, base, options=("--cpu",))
         with server as running, comfy_server.Session(running) as session:
             for file, prompt in zip(sorted(WORKFLOWS.glob("*.json")), cycle(SHOWN), strict=False):
+                if only not in file.stem:
+                    continue
                 workflow = json.loads(file.read_text("utf-8"))
                 frame = twin_frame(session, workflow, prompt, base)
                 page.set_content(framed(workflow, frame) if frame else graph_drawing(workflow))
@@ -163,7 +167,10 @@ def twin_frame(
 
     With the tiny LoRAs and, for the detail, cfg 1: as the demo does.
     """
-    twin = tiny_twin(to_prompt(workflow, session.object_info()), width=576, steps=12)
+    given = to_prompt(workflow, session.object_info())
+    if any(node["class_type"] == TRAINING for node in given.values()):
+        return curve_of(session, tiny_twin(given, width=256, steps=TRAINED_STEPS), base)
+    twin = tiny_twin(given, width=576, steps=12)
     if any(node["class_type"] == "UNETLoader" for node in twin.values()):
         return None
     for node in twin.values():
@@ -185,6 +192,19 @@ def twin_frame(
     return out.getvalue()
 
 
+def curve_of(session: comfy_server.Session, twin: dict[str, Any], base: Path) -> bytes:
+    """The loss curve, as PNG, of a training on clips of the tiny world."""
+    (training,) = [node["inputs"] for node in twin.values() if node["class_type"] == TRAINING]
+    folder = base / "input" / training["folder"]
+    folder.mkdir(exist_ok=True)
+    for i, prompt in enumerate(SHOWN):
+        draw_video(folder / f"{i}.mp4", prompt, 288, 192)
+        (folder / f"{i}.txt").write_text(prompt, "utf-8")
+    history = session.run(twin, 1800)
+    (shown,) = [each for each in history["outputs"].values() if "images" in each]
+    return (base / "temp" / shown["images"][0]["filename"]).read_bytes()
+
+
 def videos_made(
     session: comfy_server.Session, prompt: dict[str, Any], base: Path
 ) -> list[list[Any]]:
@@ -198,7 +218,7 @@ def videos_made(
     return videos
 
 
-def demo() -> None:
+def demo(only: str) -> None:
     """Frames of the demo's proxy, and of its video at the same moments below."""
     from PIL import Image
 
@@ -217,13 +237,27 @@ def demo() -> None:
     sheet.save(IMAGES / "demo.jpg", quality=88)
 
 
-def draw_video(file: Path, prompt: str) -> None:
-    """A short video of the tiny world, at the proxy's size."""
+def report(only: str) -> None:
+    """The quality report that the demo shows."""
+    workflow = json.loads((WORKFLOWS / "atlasvid_demo.json").read_text("utf-8"))
+    comfyui = Path(os.environ["COMFYUI_PATH"])
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder)
+        server = comfy_server.running(Path(sys.executable), comfyui, base, options=("--cpu",))
+        with server as running, comfy_server.Session(running) as session:
+            prompt = to_prompt(workflow, session.object_info())
+            (name,) = [n for n, node in prompt.items() if node["class_type"] == "AtlasVidReport"]
+            shown = session.run(prompt, 1800)["outputs"][name]["images"][0]["filename"]
+            (IMAGES / "report.png").write_bytes((base / "temp" / shown).read_bytes())
+
+
+def draw_video(file: Path, prompt: str, width: int = 192, height: int = 128) -> None:
+    """A short video of the tiny world, of the proxy's size unless another is given."""
     import numpy as np
     from world.scenes import FPS, View, render, scene_of
     from world_worker import write_video
 
-    clip = render(scene_of(prompt, 1), View(192, 128), 2.0 + np.arange(17) / FPS)
+    clip = render(scene_of(prompt, 1), View(width, height), 2.0 + np.arange(17) / FPS)
     write_video(file, clip * 2 - 1)
 
 
@@ -286,7 +320,7 @@ def graph_drawing(workflow: dict[str, Any]) -> str:
     )
 
 
-def readme() -> None:
+def readme(only: str) -> None:
     """The whole 4K graph, and the plan node close up."""
     with opened(1900, 1000) as page:
         page.add_style_tag(content=ONLY_GRAPH)
@@ -295,7 +329,7 @@ def readme() -> None:
         page.screenshot(path=IMAGES / "workflow_t2v_4k.jpg", type="jpeg", quality=80)
 
 
-def art() -> None:
+def art(only: str) -> None:
     """Icon and banner as PNG, from the SVG beside them."""
     from playwright.sync_api import sync_playwright
 
@@ -313,19 +347,22 @@ def main() -> int:
         "workflows": workflows,
         "readme": readme,
         "demo": demo,
+        "report": report,
         "art": art,
     }
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("what", nargs="*", help="of the above; everything when left out")
-    wanted = parser.parse_args().what or list(kinds)
+    parser.add_argument("--only", default="", help="nodes or workflows whose name holds this")
+    options = parser.parse_args()
+    wanted = options.what or list(kinds)
     if not os.environ.get("COMFYUI_PATH"):
         setup = prepare(tests=True)
         environment = {**os.environ, "COMFYUI_PATH": str(setup.comfyui[COMFYUI])}
         os.execve(setup.python, [str(setup.python), *sys.argv], environment)
     for name in wanted:
-        kinds[name]()
+        kinds[name](options.only)
     return 0
 
 

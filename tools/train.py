@@ -3,10 +3,10 @@
     python tools/train.py guide --clips my_clips --model wan2.1_t2v_1.3B_bf16.safetensors \\
         --text-encoder umt5_xxl_fp8_e4m3fn_scaled.safetensors --vae wan_2.1_vae.safetensors
 
-Stage guide makes a LoRA for AtlasVid Guide LoRA, stage proxy an ordinary one for the model that
-samples the proxy, stage tc-decoder FlashVSR's small decoder, of any width, from the Wan 2.1 VAE and
-clips without captions. Run again to go on from where a run was stopped. --tiny tries it on small
-random models. The first run fetches a ComfyUI and an environment where there is none of yours.
+Stage guide (or target) makes a LoRA for AtlasVid Guide LoRA, stage proxy an ordinary one for the
+model that samples the proxy, stage tc-decoder FlashVSR's small decoder, of any width, from the Wan
+2.1 VAE and clips without captions. Run again to go on from where a run was stopped. --tiny tries it
+on small random models. The first run fetches a ComfyUI and an environment where there is none.
 """
 
 from __future__ import annotations
@@ -40,8 +40,15 @@ def arguments() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("stage", choices=("guide", "proxy", DECODER), help="what is trained")
+    add("stage", choices=("guide", "proxy", "target", DECODER), help="what is trained")
     add("--clips", type=Path, required=True, metavar="FOLDER", help="clips and captions")
+    add(
+        "--preset",
+        choices=("light", "paper"),
+        default="light",
+        help="defaults: light shows whether it works (1,000 steps); paper is what AtlasVid says "
+        "(15,000 iterations of 81 frames at 1280 x 720, the proxy at 4 fps, bf16)",
+    )
     add("--name", help="of the file and the run (default: atlasvid_<stage>)")
 
     models = parser.add_argument_group("models (safetensors files)")
@@ -79,14 +86,25 @@ def arguments() -> argparse.ArgumentParser:
         ("cuts-per-clip", int, 4, "at most"),
         ("save-every", int, 250, "steps between checkpoints"),
         ("seed", int, 0, "of everything random"),
-        ("guide-weight", float, 1.0, "times that each of the guide's keys counts in stage guide"),
+        (
+            "guide-weight",
+            float,
+            1.0,
+            "times that each of the guide's keys counts, but in stage proxy",
+        ),
     ):
         run.add_argument(f"--{name}", type=kind, default=default, help=f"{text} ({default})")
     run.add_argument(
         "--window",
         choices=("compact", "trained size"),
         default="compact",
-        help="windows of stage guide (compact)",
+        help="windows of stages guide and target (compact)",
+    )
+    run.add_argument(
+        "--init",
+        type=Path,
+        metavar="FILE",
+        help="a LoRA of the same stage and rank to start from, trained at another size, say",
     )
     run.add_argument("--restart", action="store_true", help="forget a stopped run of this name")
 
@@ -98,6 +116,10 @@ def arguments() -> argparse.ArgumentParser:
         ("scale", int, 4, "times that the low-quality frames are smaller"),
     ):
         decoder.add_argument(f"--{name}", type=kind, default=default, help=f"{text} ({default})")
+    clips = parser.add_argument_group("which cuts are learned from (grey levels; 0 takes all)")
+    clips.add_argument("--min-motion", type=float, default=0.0, help="change from frame to frame")
+    clips.add_argument("--min-sharpness", type=float, default=0.0, help="detail beyond the proxy's")
+    clips.add_argument("--weighted", action="store_true", help="more of both counts more often")
 
     place = parser.add_argument_group("machine and folders")
     place.add_argument("--cards", type=int, default=1, help="processes, one per card (1)")
@@ -117,6 +139,23 @@ def arguments() -> argparse.ArgumentParser:
     place.add_argument("--comfyui", type=Path, metavar="PATH", help="use this ComfyUI")
     place.add_argument("--python", type=Path, metavar="PATH", help="the Python that it runs with")
     return parser
+
+
+PRESETS = {
+    "light": {"steps": 1000},
+    "paper": {
+        "steps": 15_000, "width": 1280, "height": 720, "fps": 16.0, "temporal_stride": 4,
+        "precision": "bf16",
+    },
+}  # fmt: skip
+"""Defaults by name. What the paper does not say (rank, optimizer, schedule) stays ours."""
+
+
+def parsed(given: list[str] | None = None) -> argparse.Namespace:
+    """The arguments, with the preset's values where none was given."""
+    parser = arguments()
+    parser.set_defaults(**PRESETS[parser.parse_args(given).preset])
+    return parser.parse_args(given)
 
 
 def require_models(options: argparse.Namespace) -> None:
@@ -140,7 +179,7 @@ def require_models(options: argparse.Namespace) -> None:
 
 
 def train() -> int:
-    options = arguments().parse_args()
+    options = parsed()
     require_models(options)
     comfyui = own_comfyui(options.comfyui)
     kind = "FlashVSR" if options.stage == DECODER else "loras"

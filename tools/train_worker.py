@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from pack_loader import load_comfyui, load_pack
-from train import DECODER, TINY, arguments
+from train import DECODER, TINY, parsed
 
 SHOWN = 10
 """Steps between two lines."""
 
 
 def main() -> int:
-    options = arguments().parse_args()
+    options = parsed()
     accelerator = one_of_many(options)
     load_comfyui(Path(os.environ["COMFYUI_PATH"]), *(["--cpu"] if options.cpu else []))
     load_pack()
@@ -71,6 +71,7 @@ def run(options: Any, accelerator: Any, first: bool) -> None:
     from atlasvid.engine.training.clips import clips_in_folder
     from atlasvid.engine.training.job import Job, train
     from atlasvid.engine.training.objective import NoiseLevels
+    from atlasvid.engine.training.selection import Selection
     from atlasvid.engine.training.trainer import Cards, TrainSettings
 
     clips = clips_in_folder(options.clips)
@@ -101,6 +102,7 @@ def run(options: Any, accelerator: Any, first: bool) -> None:
         seed=options.seed,
         save_every=options.save_every,
         guide_weight=options.guide_weight,
+        init=str(options.init.expanduser().resolve()) if options.init else "",
     )
 
     def say(message: str) -> None:
@@ -122,6 +124,7 @@ def run(options: Any, accelerator: Any, first: bool) -> None:
         resume=not options.restart,
         cuts_per_clip=options.cuts_per_clip,
         cards=Cards(accelerator),
+        selection=Selection(options.min_motion, options.min_sharpness, options.weighted),
         on_clip=on_clip,
         on_step=shown_steps(options.steps) if first else lambda step, losses: None,
     )

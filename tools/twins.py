@@ -15,10 +15,11 @@ Prompt = dict[str, dict[str, Any]]
 TINY = "tiny"
 PROMPT = "wide view of a red balloon drifting left over hills at noon"
 STEPS = 4
-TINY_OUTPUTS = {"UNETLoader": 0, "CLIPLoader": 1, "VAELoader": 2}
+TINY_OUTPUTS = {"UNETLoader": 0, "CLIPLoader": 1, "VAELoader": 2, "AtlasVidGuideLoRA": 3}
 LEFT_OUT = ("LoraLoaderModelOnly", "ModelSamplingSD3")
 """Nodes that only pass a model on, and have no tiny counterpart."""
 IMAGE_TO_VIDEO = "AtlasVidImageToVideo"
+TRAINING = "AtlasVidTrainLoRA"
 
 
 def tiny_twin(prompt: Prompt, seconds: float = 1.0, width: int = 384, steps: int = STEPS) -> Prompt:
@@ -108,8 +109,18 @@ def _fewer_steps_in_parts(inputs: dict[str, Any], seconds: float, width: int, st
     _fewer_steps(inputs, seconds, width, steps)
 
 
+def _cut_earlier(inputs: dict[str, Any], seconds: float, width: int, steps: int) -> None:
+    inputs["amount"] = min(inputs["amount"], 4)
+
+
+def _train_less(inputs: dict[str, Any], seconds: float, width: int, steps: int) -> None:
+    inputs |= {"steps": min(inputs["steps"], steps), "rank": 4, "cuts_per_clip": 1}
+
+
 SMALLER: dict[str, Callable[[dict[str, Any], float, int, int], None]] = {
     "AtlasVidPlan": _shrink_plan,
     "KSampler": _fewer_steps,
     "KSamplerAdvanced": _fewer_steps_in_parts,
+    "LatentCut": _cut_earlier,
+    TRAINING: _train_less,
 }

@@ -10,7 +10,7 @@ import copy
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,19 @@ class Graph:
             if link[1] == before["id"]:
                 link[1:3] = node["id"], output
 
+    def keep(self, names: Collection[str], groups: Collection[str]) -> None:
+        """Takes all other nodes out, with their links, and all other groups."""
+        self.nodes[:] = [self.node(name) for name in names]
+        left = {node["id"] for node in self.nodes}
+        self.links[:] = [link for link in self.links if {link[1], link[3]} <= left]
+        titled = [each for each in self.workflow["groups"] if each["title"] in groups]
+        self.workflow["groups"][:] = titled
+
+    def move(self, x: int, node: str, group: str) -> None:
+        """Moves a node and the group around it to another column."""
+        (around,) = [each for each in self.workflow["groups"] if each["title"] == group]
+        self.node(node)["pos"][0], around["bounding"][0] = x, x - 20
+
     def lower(self, distance: int, names: tuple[str, ...], groups: tuple[str, ...]) -> None:
         """Moves nodes down, and the lower borders of groups with them."""
         for name in names:
@@ -166,8 +179,9 @@ class Graph:
 class Variant:
     """What a workflow has in place of the 4K one's.
 
-    `note` is the last paragraph of the note; a variant without the 4K one's models and steps
-    gives the whole text below the title. `change` is for other nodes and links.
+    `note` is the last paragraph of the note; a variant without the 4K one's steps gives the whole
+    text below the title, with {models} where the files to download are listed. `change` is for
+    other nodes and links.
     """
 
     title: str
@@ -208,6 +222,24 @@ LORA_LOADER = {
     "color": "#223",
     "bgcolor": "#335",
 }
+CUT = {
+    "type": "LatentCut",
+    "pos": [1700, 1265],
+    "size": [360, 130],
+    "flags": {},
+    "order": 0,
+    "mode": 0,
+    "inputs": [
+        {"name": "samples", "type": "LATENT"},
+        {"name": "dim", "type": "COMBO", "widget": {"name": "dim"}},
+        {"name": "index", "type": "INT", "widget": {"name": "index"}},
+        {"name": "amount", "type": "INT", "widget": {"name": "amount"}},
+    ],
+    "outputs": [{"name": "LATENT", "type": "LATENT"}],
+    "title": "Cut to 29 frames (8 latents)",
+    "properties": {"Node name for S&R": "LatentCut"},
+    "widgets_values": ["t", 0, 8],
+}
 TINY_MODELS = {
     "type": "AtlasVidTinyModels",
     "pos": [40, 120],
@@ -230,6 +262,73 @@ TINY_MODELS = {
 }
 
 
+GUIDE_LORA = {
+    "type": "AtlasVidGuideLoRA",
+    "pos": [40, 580],
+    "size": [320, 110],
+    "flags": {},
+    "order": 0,
+    "mode": 0,
+    "inputs": [{"name": "lora", "type": "COMBO", "widget": {"name": "lora"}}],
+    "outputs": [{"name": "guide_lora", "type": "ATLASVID_GUIDE_LORA"}],
+    "title": "Your guide LoRA",
+    "properties": {"Node name for S&R": "AtlasVidGuideLoRA"},
+    "widgets_values": ["atlasvid_guide.safetensors"],
+    "color": "#432",
+    "bgcolor": "#653",
+}
+REPORT = {
+    "type": "AtlasVidReport",
+    "pos": [2120, 600],
+    "size": [600, 700],
+    "flags": {},
+    "order": 0,
+    "mode": 0,
+    "inputs": [
+        {"name": "plan", "type": "ATLASVID_PLAN"},
+        {"name": "video", "type": "IMAGE,VIDEO"},
+        {"name": "proxy", "type": "IMAGE,VIDEO"},
+        {"name": "window", "type": "COMFY_DYNAMICCOMBO_V3", "widget": {"name": "window"}},
+    ],
+    "outputs": [{"name": "image", "type": "IMAGE"}, {"name": "text", "type": "STRING"}],
+    "title": "How good is it?",
+    "properties": {"Node name for S&R": "AtlasVidReport"},
+    "widgets_values": ["compact"],
+    "color": "#432",
+    "bgcolor": "#653",
+}
+TRAINING = {
+    "type": "AtlasVidTrainLoRA",
+    "pos": [860, 120],
+    "size": [460, 1240],
+    "flags": {},
+    "order": 0,
+    "mode": 0,
+    "inputs": [
+        *(
+            {"name": name, "type": kind}
+            for name, kind in (
+                ("model", "MODEL"), ("clip", "CLIP"), ("vae", "VAE"), ("plan", "ATLASVID_PLAN"),
+            )
+        ),
+        *(
+            {"name": name, "type": kind, "widget": {"name": name}}
+            for name, kind in (("stage", "COMBO"), ("name", "STRING"), ("folder", "STRING"))
+        ),
+    ],
+    "outputs": [
+        {"name": "guide_lora", "type": "ATLASVID_GUIDE_LORA"},
+        {"name": "lora", "type": "LORA_MODEL"},
+        {"name": "loss_curve", "type": "IMAGE"},
+        {"name": "file", "type": "STRING"},
+    ],
+    "properties": {"Node name for S&R": "AtlasVidTrainLoRA"},
+    "widgets_values": ["guide", "atlasvid_guide", "my_clips"],
+    "color": "#432",
+    "bgcolor": "#653",
+}  # fmt: skip
+
+
 def with_lora(graph: Graph) -> None:
     model = graph.node("UNETLoader")
     lora = graph.add(LORA_LOADER, behind="UNETLoader")
@@ -240,8 +339,8 @@ def with_lora(graph: Graph) -> None:
 
 def with_tiny_models(graph: Graph) -> None:
     tiny = graph.add(TINY_MODELS, behind="VAELoader")
-    for name, output in TINY_OUTPUTS.items():
-        loader = graph.node(name)
+    for name in ("UNETLoader", "CLIPLoader", "VAELoader"):
+        loader, output = graph.node(name), TINY_OUTPUTS[name]
         graph.take_over(loader, tiny, output)
         graph.nodes.remove(loader)
     graph.connect(tiny, 3, graph.node("AtlasVidHierarchicalAttention"), "guide_lora")
@@ -258,9 +357,44 @@ def with_close_up_prompt(graph: Graph) -> None:
     graph.lower(200, ("Negative prompt", "Read me"), ("Models", "Prompt"))
 
 
+def with_report(graph: Graph) -> None:
+    report = graph.add(REPORT, behind="The finished video")
+    graph.connect(graph.node("AtlasVidPlan"), 0, report, "plan")
+    graph.connect(graph.node("AtlasVidDecodeToVideo"), 0, report, "video")
+    graph.connect(graph.node("Proxy video (fps / stride)"), 0, report, "proxy")
+
+
 def as_demo(graph: Graph) -> None:
     with_tiny_models(graph)
     with_close_up_prompt(graph)
+    with_report(graph)
+
+
+def with_guide_lora(graph: Graph) -> None:
+    lora = graph.add(GUIDE_LORA, behind="VAELoader")
+    graph.connect(lora, 0, graph.node("AtlasVidHierarchicalAttention"), "guide_lora")
+    graph.lower(180, ("Read me",), ("Models", "Prompt"))
+
+
+def with_cut(graph: Graph) -> None:
+    """The sampled latent is cut at its end before it is decoded: frames never read later ones."""
+    cut = graph.add(CUT, behind="Sample the detail")
+    sampled = graph.node("Sample the detail")
+    graph.take_over(sampled, cut, 0)
+    graph.connect(sampled, 0, cut, "samples")
+
+
+def as_training(graph: Graph) -> None:
+    kept = ("UNETLoader", "CLIPLoader", "VAELoader", "AtlasVidPlan", "Read me")
+    graph.keep(kept, ("Models", "1 Plan"))
+    graph.move(420, "AtlasVidPlan", "1 Plan")
+    graph.node("Read me").update(pos=[1380, 120], size=[620, 620])
+    training = graph.add(TRAINING, behind="AtlasVidPlan")
+    for name, output in (("UNETLoader", "model"), ("CLIPLoader", "clip"), ("VAELoader", "vae")):
+        graph.connect(graph.node(name), 0, training, output)
+    graph.connect(graph.node("AtlasVidPlan"), 0, training, "plan")
+    around = {"id": 7, "title": "2 Training", "bounding": [840, 40, 500, 1374], "flags": {}}
+    graph.workflow["groups"].append(around | {"color": "#a1309b"})
 
 
 def saved_as(name: str) -> dict[str, Json]:
@@ -283,13 +417,69 @@ VARIANTS = {
     ),
     "atlasvid_t2v_8k": Variant(
         "Text to 8K, 29 frames",
-        "A short clip needs no slower proxy: `temporal_stride` is 1, so proxy and video have the "
-        "same 29 frames.",
+        "With stride 4 a video has 16 n + 1 frames: 33 are planned and sampled, and the last four "
+        "are cut off before they are decoded.",
         {
-            "AtlasVidPlan": {"width": 7680, "height": 4320, "seconds": 1.8, "temporal_stride": 1},
-            "Proxy video (fps / stride)": {"fps": 16},
+            "AtlasVidPlan": {"width": 7680, "height": 4320, "seconds": 2},
             **saved_as("8k"),
         },
+        change=with_cut,
+    ),
+    "atlasvid_guide_lora_4k": Variant(
+        "Text to 4K with a guide LoRA",
+        "{models}\n"
+        "- a guide LoRA for the same model in `models/loras`: train one with "
+        "**atlasvid_train_guide**; none is public\n\n"
+        "**Compact windows, a clean guide**: the proxy is read as it is, through the LoRA; every "
+        "query reads about 1,100 keys, whatever the size of the video.\n\n"
+        "**As set here**, the detail starts from the up-scaled proxy (`denoise` 0.7) and structure "
+        "guidance holds it: of the ways with a LoRA the best one on the toy model "
+        "(benchmarks/quality.md). There a close-up prompt and cfg 1 helped the detail, too.\n\n"
+        "**The paper's way** starts from noise: set `denoise` of *Sample the detail* to 1 and "
+        "bypass *AtlasVid Structure Guidance* (Ctrl+B).\n\n"
+        "A proxy LoRA (**atlasvid_train_proxy**) goes into Load LoRA, between the model and "
+        "*AtlasVid RoPE*.",
+        {
+            "AtlasVidHierarchicalAttention": {"window": "compact", "guide_noise": "clean"},
+            **saved_as("guide_lora"),
+        },
+        whole_note=True,
+        change=with_guide_lora,
+    ),
+    "atlasvid_train_guide": Variant(
+        "Train a guide LoRA",
+        "{models}\n\n"
+        "1. Put clips of at least 5 seconds into `input/my_clips`, each with a `.txt` of the same "
+        "name that says what it shows. Sharp, large, moving ones teach most.\n"
+        "2. **Plan** is what the LoRA learns at: the clips' size, and beside it the proxy's. "
+        "1280 x 720 with a proxy of 160 is the ratio of 4K to a proxy of 480.\n"
+        "3. **Run**. Stop whenever you like: the same graph goes on where it was. The LoRA lies in "
+        "`models/loras`; **atlasvid_guide_lora_4k** uses it at any size.\n\n"
+        "The paper trains 15,000 steps; a thousand show whether it works. `python tools/train.py` "
+        "does the same in a terminal.",
+        {
+            "AtlasVidPlan": {"width": 1280, "height": 720, "seconds": 5, "proxy_short_side": 160},
+        },
+        whole_note=True,
+        change=as_training,
+    ),
+    "atlasvid_train_proxy": Variant(
+        "Train a proxy LoRA",
+        "{models}\n\n"
+        "1. Put clips of at least 20 seconds into `input/my_clips`, each with a `.txt` of the same "
+        "name that says what it shows.\n"
+        "2. **Plan** is what the LoRA learns at: a proxy of 81 frames, four per second, of the "
+        "size that you sample proxies at.\n"
+        "3. **Run**. Stop whenever you like: the same graph goes on where it was. The LoRA lies in "
+        "`models/loras`; give it to the model of *AtlasVid RoPE* with Load LoRA.\n\n"
+        "The paper trains at 1280 x 720 for 15,000 steps: set both sizes of the plan to that where "
+        "your card and your time allow. `python tools/train.py` does the same in a terminal.",
+        {
+            "AtlasVidPlan": {"width": 832, "height": 480, "seconds": 20},
+            "AtlasVidTrainLoRA": {"stage": "proxy", "name": "atlasvid_proxy"},
+        },
+        whole_note=True,
+        change=as_training,
     ),
     "atlasvid_low_memory_2k": Variant(
         "14B on a small card: 2K, five seconds",
@@ -328,7 +518,7 @@ VARIANTS = {
         "told of a close view. The proxy is read through the tiny guide LoRA, in compact windows; "
         "cfg 1 suffices.\n\n"
         "**Try**: another seed; 768 x 512; the guide LoRA unplugged; *guide_weight* 1 or 0, to "
-        "see what the guide does.\n\n"
+        "see what the guide does. *How good is it?* measures what you see.\n\n"
         "For real pictures, open **atlasvid_t2v_4k**.",
         {
             "Prompt": {"text": f"wide {BALLOON}"},
@@ -355,7 +545,8 @@ def varied(name: str, variant: Variant, workflow: Json) -> Graph:
     text = graph.node("Read me")["widgets_values"]
     _, models, _, *steps, _ = text[0].split("\n\n")
     middle = [] if variant.whole_note else [models, model_list(graph), *steps]
-    text[0] = "\n\n".join([f"## {variant.title}", *middle, variant.note]) + "\n"
+    note = variant.note.replace("{models}", f"{models}\n\n{model_list(graph)}")
+    text[0] = "\n\n".join([f"## {variant.title}", *middle, note]) + "\n"
     return graph
 
 
@@ -432,7 +623,7 @@ def main() -> int:
     load_comfyui(Path(os.environ["COMFYUI_PATH"]), "--cpu")
     load_pack()
     for file, graph in made().items():
-        if graph != read(file):
+        if not file.exists() or graph != read(file):
             file.write_text(json.dumps(graph, indent=1, ensure_ascii=False) + "\n", "utf-8")
             print(f"{file.relative_to(ROOT)} is new")
     return 0

@@ -98,7 +98,8 @@ export function planQuery(plan) {
     for (const name of ["overlap", "guide_noise", "guide_margin"]) query[name] = chosen[name];
     for (const [name, value] of Object.entries(chosen))
       if (name.startsWith("window")) query[name] = value;
-    query.guide_lora = origin(attention[0], "guide_lora") ? 1 : 0;
+    const loras = ["guide_lora", "target_lora"].filter((name) => origin(attention[0], name));
+    query.guide_lora = loras.length ? 1 : 0;
     const samplers = new Set(attention.flatMap((node) => samplersBehind(node, "MODEL")));
     const detail = evaluations([...samplers]);
     if (detail) {

@@ -15,7 +15,7 @@ from ..geometry.grid import Grid
 from ..geometry.layout import OVERLAPS, Layout
 from ..geometry.plan import Plan
 from ..geometry.space import LatentSpace
-from ..lora.guide import GuideLora
+from ..lora.guide import GuideLora, habits_of
 from ..proxy.latents import require_proxy
 from .attention import override_for
 from .forward import DetailForward
@@ -40,6 +40,7 @@ def apply_detail_branch(
     guide_lora: GuideLora | None = None,
     guide_weight: str | float = 1.0,
     guide_margin: int = 0,
+    target_lora: GuideLora | None = None,
 ) -> Any:
     """A clone of `model` that samples the plan's target with the detail branch.
 
@@ -48,7 +49,8 @@ def apply_detail_branch(
     Args:
         proxy: ComfyUI latent [B, C, F_g, H_g, W_g], or None for windowed attention alone.
         window: tokens per window.
-        guide_noise: `matched` (re-noised to every step's sigma) or `clean` (timestep 0).
+        guide_noise: `matched` (re-noised to every step's sigma), `clean` (timestep 0) or `joint`
+            (denoised beside the target).
         start_percent, end_percent: part of the sampling in which the branch is active.
         overlap: `shifted` (disjoint windows that move between blocks) or `sliding` (every tile of
             queries reads a window centred on it).
@@ -56,6 +58,7 @@ def apply_detail_branch(
         attention: kernel, see `branch.attention`.
         keep_blocks: blocks of 128 keys that a window reads, 0 for all (FlashVSR's sparsity).
         guide_lora: acts on the guide's tokens only.
+        target_lora: acts on the target's tokens only.
         guide_weight: how often each of the guide's keys counts in the softmax; 0 leaves the proxy
             out. `auto`: see `preset_guide_weight`.
         guide_margin: guide tokens that a window reads on every side beside its aligned ones; the
@@ -78,18 +81,20 @@ def apply_detail_branch(
     if keep_blocks < 0:
         raise ValueError(f"keep_blocks is {keep_blocks}; give 0 for all, or more.")
     layout = Layout(plan, window, overlap, guide_margin)
-    habits = guide_lora.habits if guide_lora else None
-    weight = preset_guide_weight(guide_weight, habits, *layout.keys)
+    loras = {"guide": guide_lora, "target": target_lora}
+    weight = preset_guide_weight(guide_weight, habits_of(*loras.values()), *layout.keys)
     if proxy is not None:
         require_proxy(proxy, plan)
         proxy = models.process_latent_in(model, proxy.cpu().float())
-    if guide_lora is not None:
-        if proxy is None:
-            raise ValueError("A guide LoRA acts on the guide: connect the sampled proxy too.")
-        net = model.model.diffusion_model
-        guide_lora.require_base(family.shape(net))
-        guide_lora.changes_of(net)
-        guide_lora.warn_of_mismatch(plan.temporal_stride, window, guide_noise, weight)
+    if guide_lora is not None and proxy is None:
+        raise ValueError("A guide LoRA acts on the guide: connect the sampled proxy too.")
+    net = model.model.diffusion_model
+    for stream, lora in loras.items():
+        if lora is not None:
+            lora.require_stream(stream)
+            lora.require_base(family.shape(net))
+            lora.changes_of(net)
+            lora.warn_of_mismatch(plan, window, guide_noise, weight)
     override_for(attention, model.load_device)  # a kernel that is not installed is refused here
     if weight == 0:  # what nobody reads need not be computed
         proxy = guide_lora = None
@@ -103,6 +108,7 @@ def apply_detail_branch(
         attention=attention,
         keep_blocks=keep_blocks,
         guide_lora=guide_lora,
+        target_lora=target_lora,
         guide_weight=weight,
     )
     branch, clone = DetailBranch(family, settings), model.clone()

@@ -22,7 +22,8 @@ class Evaluation:
     """One call of the model within a sampling run.
 
     Args:
-        net: the diffusion model.
+        net: the diffusion model as the target sees it: with its LoRA, where it has one.
+        base: the diffusion model itself, by which the guide sees it.
         options: the stock transformer options.
         x: the latent [B, C_in, T, H, W], an image's channels behind its own.
         timestep: [B] or [B, T].
@@ -32,6 +33,7 @@ class Evaluation:
     """
 
     net: Any
+    base: Any
     family: Family
     settings: DetailSettings
     run: SamplingRun

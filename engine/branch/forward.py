@@ -51,7 +51,9 @@ class DetailForward:
     def __init__(
         self, net: Any, family: Family, settings: DetailSettings, run: SamplingRun, options: dict
     ):
-        self.net = net
+        lora = settings.target_lora
+        self.base = net
+        self.net = net if lora is None else lora.view(net)
         self.family = family
         self.settings = settings
         self.run = run
@@ -109,6 +111,9 @@ class DetailForward:
                     self._block(i, tasks)
                 if whole is not None:
                     self._patch(i, whole, x, e)
+            keys = tasks = None
+            if guide:
+                guide.finish(keys_of_blocks)
             return head(ev, tokens, e)
 
     def _set_options(self, x: Tensor) -> None:
@@ -128,6 +133,7 @@ class DetailForward:
         memory = once(("memory", id(settings), len(x)), lambda: self._plan_memory(x))
         return Evaluation(
             net=self.net,
+            base=self.base,
             family=self.family,
             settings=settings,
             run=self.run,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..families.family import Modulation
 from ..families.rotations import join_axes
 from ..proxy.latents import shrink_condition
 from .evaluation import Evaluation, per_token
+from .joint import COND, JointGuide
 from .weighted import Pair
 
 
@@ -25,6 +26,8 @@ class GuideInput:
 
     tokens: Tensor
     """[B, L_g, C]"""
+    e: Tensor
+    """The time embedding [B, 1 or F_g, C], which the head reads."""
     e0: Tensor
     """The projected time embedding, per item."""
     freqs: Tensor
@@ -38,20 +41,20 @@ def guide_input(ev: Evaluation, net: Any) -> GuideInput:
         net: the diffusion model as the guide sees it.
     """
     timestep = _timestep(ev)
-    latent = models.pad_to_patch(_latent(ev, timestep), ev.plan.space.patch)
+    latent = models.pad_to_patch(_latent(ev), ev.plan.space.patch)
     grid = ev.plan.proxy_tokens
     time, height, width = (torch.arange(n, device=ev.device)[None] for n in grid)
     rope = ev.family.rotations(net, {})
     axes = (ev.plan.temporal_stride * time, height, width)
     return GuideInput(
         ev.family.embed(net, latent).contiguous(),
-        ev.family.time_embedding(net, timestep, ev.x.dtype)[1],
+        *ev.family.time_embedding(net, timestep, ev.x.dtype),
         join_axes([rope.tables(i, positions) for i, positions in enumerate(axes)]),
     )
 
 
 def _timestep(ev: Evaluation) -> Tensor:
-    """The guide's timestep [B] or [B, F_g]: 0 when clean, the target's when matched."""
+    """The guide's timestep [B] or [B, F_g]: 0 when clean, else the target's."""
     if ev.settings.guide_is_clean:
         return ev.timestep.new_zeros(len(ev.timestep))
     if ev.timestep.ndim == 1 or ev.timestep.shape[1] == 1:
@@ -59,24 +62,59 @@ def _timestep(ev: Evaluation) -> Tensor:
     return ev.timestep[:, :: ev.plan.temporal_stride]
 
 
-def _latent(ev: Evaluation, timestep: Tensor) -> Tensor:
+def _latent(ev: Evaluation) -> Tensor:
     """The guide's input [B, C_in, F_g, H_g, W_g], noised and with image conditioning."""
     proxy = ev.settings.proxy
     assert proxy is not None
     x, batch = ev.x, len(ev.x)
     latent = proxy
     if not ev.settings.guide_is_clean:
-        noise = ev.run.noise_like(proxy)
-        # One item of the proxy per item of a conditioning's batch, as below.
-        latent, noise = _repeat(proxy, batch).to(x.device), _repeat(noise, batch).to(x.device)
-        sigma = (timestep / ev.family.TIMESTEPS).reshape(batch, 1, -1, 1, 1)
-        latent = (1 - sigma) * latent + sigma * noise
+        if ev.settings.guide_is_joint:
+            latent = _joint(ev).at(_levels(ev))
+        else:  # one item of the proxy per item of a conditioning's batch, as below
+            latent = _noised(ev, _sigma(ev, batch))
     latent = _repeat(latent, batch).to(x)
     condition = x[:, ev.plan.space.channels :]
     if condition.shape[1]:
         condition = shrink_condition(condition, ev.plan.proxy_latent, ev.plan.temporal_stride)
         latent = torch.cat([latent, condition], dim=1)
     return latent
+
+
+def _sigma(ev: Evaluation, items: int) -> Tensor:
+    """The guide's noise level in the first items: [items, 1, 1 or F_g, 1, 1]."""
+    timestep = _timestep(ev)[:items]
+    return (timestep / ev.family.TIMESTEPS).reshape(items, 1, -1, 1, 1)
+
+
+def _noised(ev: Evaluation, sigma: Tensor) -> Tensor:
+    """The proxy noised to `sigma` [B, 1, 1 or F_g, 1, 1] by the run's noise, float32."""
+    proxy = ev.settings.proxy
+    assert proxy is not None
+    clean, noise = (
+        _repeat(each, len(sigma)).to(ev.device) for each in (proxy, ev.run.noise_like(proxy))
+    )
+    return (1 - sigma) * clean + sigma * noise
+
+
+def _kinds(ev: Evaluation) -> Sequence[int]:
+    """The conditionings that are evaluated together, as ComfyUI numbers them."""
+    return ev.options.get("cond_or_uncond") or (COND,)
+
+
+def _levels(ev: Evaluation) -> Tensor:
+    """The noise level of every video, which all conditionings share."""
+    return _sigma(ev, len(ev.x) // len(_kinds(ev)))
+
+
+def _joint(ev: Evaluation) -> JointGuide:
+    """The run's guide; where it has none yet, the proxy noised to the first level."""
+
+    def start() -> JointGuide:
+        sigma = _levels(ev)
+        return JointGuide(_noised(ev, sigma), sigma, ev.run.cfg)
+
+    return ev.run.once(("joint", id(ev.settings)), start)
 
 
 def _repeat(latent: Tensor, batch: int) -> Tensor:
@@ -103,13 +141,13 @@ class GuideStream:
     def __init__(self, ev: Evaluation):
         lora = ev.settings.guide_lora
         self.ev = ev
-        self.net = ev.net if lora is None else lora.view(ev.net)
+        self.net = ev.base if lora is None else lora.view(ev.base)
 
     @property
     def _key(self) -> tuple:
         """What the keys and values depend on within a run: the branch, and the conditionings."""
         ev = self.ev
-        return id(ev.net), id(ev.settings), tuple(ev.options.get("uuids", ()))
+        return id(ev.base), id(ev.settings), tuple(ev.options.get("uuids", ()))
 
     @property
     def is_kept(self) -> bool:
@@ -141,6 +179,11 @@ class GuideStream:
             yield keys, values
             del keys, values  # before those of the next block are made
 
+    def finish(self, keys_of_blocks: Iterator[Pair]) -> None:
+        """After the target's last block: what the guide itself still has to compute."""
+        for _ in keys_of_blocks:
+            pass
+
     def _place(self, tensor: Tensor) -> Tensor:
         """Where the memory plan keeps a tensor between steps."""
         if self.ev.memory.guide == "device":
@@ -163,7 +206,7 @@ class GuideStream:
             for item in range(len(tokens)):
                 self._fill_keys(block, tokens[item], rows[item], (keys[item], values[item]))
             yield keys, values
-            if i == len(blocks) - 1:
+            if i == len(blocks) - 1 and not ev.settings.guide_is_joint:
                 return
             keys = family.rotate(keys, ev.heads, given.freqs)
             for item in range(len(tokens)):
@@ -172,6 +215,19 @@ class GuideStream:
                 self._attend(block, x, rows[item], (keys[one], values[one]), given.freqs)
                 per_token(ev, block, x, rows[item], text)
             del keys, values
+        self._record(tokens, given.e)
+
+    def _record(self, tokens: Tensor, e: Tensor) -> None:
+        """Give the joint guide the velocity [B, C, F_g, H_g, W_g] that its own tokens predict."""
+        ev, grid, latent = self.ev, self.ev.plan.proxy_tokens, self.ev.plan.proxy_latent
+        in_frames = tokens.unflatten(1, (grid.frames, -1))
+        frames = []
+        for f in range(grid.frames):
+            own = e[:, f : f + 1] if e.shape[1] > 1 else e
+            items = zip(in_frames[:, f].split(1), own.split(1), strict=True)
+            pixels = [ev.family.head(self.net, x, row, grid.width) for x, row in items]
+            frames.append(torch.stack(pixels)[..., : latent.height, : latent.width])
+        _joint(ev).record(torch.stack(frames, 2), _kinds(ev))
 
     def _fill_keys(self, block: Any, x: Tensor, rows: Modulation, pair: Pair) -> None:
         """Fill unrotated keys and values [L_g, C] of one item's tokens x [L_g, C]."""

@@ -26,6 +26,7 @@ class SamplingRun:
         keep_guide: whether one conditioning has the same weights in every step.
         compile_choices: arguments of torch.compile, or None to compile nothing.
         model: the ModelPatcher that is sampled.
+        cfg: scale of classifier-free guidance.
     """
 
     def __init__(
@@ -34,8 +35,10 @@ class SamplingRun:
         keep_guide: bool = True,
         compile_choices: dict[str, Any] | None = None,
         model: Any = None,
+        cfg: float = 1.0,
     ):
         self.seed = seed
+        self.cfg = cfg
         self.model = model
         self.keep_guide = keep_guide
         self.compile_choices = compile_choices
@@ -113,6 +116,7 @@ def open_run(executor: Any, noise: Tensor, latent_image: Tensor, *args: Any, **k
         keep_guide=not models.has_scheduled_weights(guider.model_patcher),
         compile_choices=models.compile_choices(guider.model_options),
         model=guider.model_patcher,
+        cfg=float(getattr(guider, "cfg", 1.0)),
     )
     options = guider.model_options.setdefault("transformer_options", {})
     options[KEY] = run

@@ -16,7 +16,7 @@ from ..geometry.windows import COMPACT, trained_size
 from ..lora.guide import GuideLora, Habits
 from .memory import Workload
 
-GUIDE_NOISE = ("matched", "clean")
+GUIDE_NOISE = ("matched", "clean", "joint")
 
 
 def require_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -46,6 +46,7 @@ class DetailSettings:
     keep_blocks: int = 0
     """Blocks of 128 keys that a window reads, 0 for all."""
     guide_lora: GuideLora | None = None
+    target_lora: GuideLora | None = None
     guide_weight: float = 1.0
     """How often each of the guide's keys counts in the softmax, above 0."""
 
@@ -61,6 +62,11 @@ class DetailSettings:
     @property
     def guide_is_clean(self) -> bool:
         return self.guide_noise == "clean"
+
+    @property
+    def guide_is_joint(self) -> bool:
+        """Whether the guide is denoised beside the target."""
+        return self.guided and self.guide_noise == "joint"
 
     def workload(self, shape: BaseShape, itemsize: int, videos: int, keep_guide: bool) -> Workload:
         """The sizes of a forward.

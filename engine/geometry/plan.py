@@ -61,6 +61,13 @@ class Plan:
     def proxy_fps(self) -> float:
         return self.fps / self.temporal_stride
 
+    @property
+    def ratio(self) -> float:
+        """Target pixels per proxy pixel along the shorter side, to two digits."""
+        sides = (self.width, self.height), (self.proxy_width, self.proxy_height)
+        target, proxy = map(min, sides)
+        return round(target / proxy, 2)
+
     def _latent(self, frames: int, height: int, width: int) -> Grid:
         scale = self.space.spatial
         return Grid((frames - 1) // self.space.temporal + 1, height // scale, width // scale)

@@ -1,8 +1,8 @@
-"""A LoRA in the guide stream alone (UltraImageGen's low-resolution LoRA).
+"""A LoRA in one stream of the detail branch alone: the guide's (UltraImageGen's), or the target's.
 
-A guide LoRA never touches the model: the guide stream runs through a view of it, in which the
-adapted layers are wrapped and all else is the model's own. So the target's tokens see the base
-weights whatever happens, with any dtype, offloading, quantisation or stock LoRA below.
+It never touches the model: its stream runs through a view of it, in which the adapted layers are
+wrapped and all else is the model's own. So the other stream's tokens see the base weights whatever
+happens, with any dtype, offloading, quantisation or stock LoRA below.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from ..comfyui import models
 from ..geometry.grid import Grid
+from ..geometry.plan import Plan
 from ..geometry.shape import BaseShape
 from ..geometry.windows import COMPACT
 from ..log import log
 from .files import LoraFile, LowRank, read_lora
+from .recipe import DETAIL_STAGES
 from .view import with_layers
 
 PREFIXES = re.compile(
@@ -137,6 +139,15 @@ class GuideLora:
             recipe.window or COMPACT, recipe.guide_noise or "clean", recipe.trained_guide_weight
         )
 
+    def require_stream(self, stream: str) -> None:
+        """Raises ValueError where the LoRA says that it was trained for the other stream."""
+        recipe = self.file.recipe
+        if recipe and recipe.stage != stream:
+            raise ValueError(
+                f"{self.file.name} was trained for the {recipe.stage}'s tokens. Connect it to "
+                f"{recipe.stage}_lora, not to {stream}_lora."
+            )
+
     def require_base(self, shape: BaseShape) -> None:
         """Raises ValueError where the LoRA says that it was trained on a model of another shape."""
         recipe = self.file.recipe
@@ -174,20 +185,21 @@ class GuideLora:
         return found
 
     def warn_of_mismatch(
-        self, stride: int, window: Grid, guide_noise: str, guide_weight: float
+        self, plan: Plan, window: Grid, guide_noise: str, guide_weight: float
     ) -> None:
         """Say which of the node's settings differ from those that the LoRA was trained with."""
         recipe = self.file.recipe
         if recipe is None:
             return
         settings = (
-            ("temporal_stride", stride, recipe.temporal_stride),
+            ("temporal_stride", plan.temporal_stride, recipe.temporal_stride),
+            ("target-to-proxy ratio", plan.ratio, recipe.ratio or plan.ratio),
             ("window", window, recipe.window or window),
             ("guide_noise", guide_noise, recipe.guide_noise or guide_noise),
             ("guide_weight", guide_weight, recipe.trained_guide_weight),
         )
         for name, used, trained in settings:
-            if used != trained:
+            if not _is_alike(used, trained):
                 log.warning(
                     "Guide LoRA %s was trained with %s %s and is used with %s; expect less from "
                     "it, or change that.",
@@ -208,14 +220,26 @@ class GuideLora:
         return with_layers(model, layers)
 
 
+def _is_alike(used: Any, trained: Any) -> bool:
+    """Whether two settings are the same; ratios may differ by what rounding to tokens does."""
+    if isinstance(used, float) and isinstance(trained, float):
+        return abs(used - trained) <= 0.05 * trained
+    return used == trained
+
+
+def habits_of(*loras: GuideLora | None) -> Habits | None:
+    """What the first LoRA that there is was trained with."""
+    return next((lora.habits for lora in loras if lora), None)
+
+
 def load_guide_lora(path: str | Path, strength: float) -> GuideLora:
-    """A LoRA file for the guide stream.
+    """A LoRA file for the guide stream, or for the target's.
 
     Raises:
         ValueError: see `read_lora`; or the file says that it is a proxy LoRA.
     """
     file = read_lora(path)
-    if file.recipe and file.recipe.stage != "guide":
+    if file.recipe and file.recipe.stage not in DETAIL_STAGES:
         raise ValueError(
             f"{file.name} was trained for the {file.recipe.stage}, not for the guide. Load it with "
             "LoraLoaderModelOnly on the model that samples the proxy."

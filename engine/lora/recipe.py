@@ -13,7 +13,9 @@ from ..geometry.shape import BaseShape
 
 KEY = "atlasvid"
 """Metadata key; its value is JSON."""
-STAGES = ("proxy", "guide")
+STAGES = ("proxy", "guide", "target")
+DETAIL_STAGES = ("guide", "target")
+"""Those whose LoRA is for the detail branch."""
 
 
 def pack_version() -> str:
@@ -27,7 +29,7 @@ class Recipe:
     """How a LoRA was trained, hence how it is to be used."""
 
     stage: str
-    """`proxy`: an ordinary LoRA of the proxy's sampler. `guide`: for the guide stream only."""
+    """`proxy`: an ordinary LoRA of the proxy's sampler. `guide`, `target`: for that stream only."""
     temporal_stride: int
     window: Grid | None
     """Tokens per window; None for stage proxy."""
@@ -39,6 +41,9 @@ class Recipe:
     version: str
     guide_weight: float | None = None
     """How often each of the guide's keys counted; None for stage proxy and in older files."""
+
+    ratio: float | None = None
+    """Of target to proxy, as `Plan.ratio`; None for stage proxy and in older files."""
 
     @property
     def trained_guide_weight(self) -> float:

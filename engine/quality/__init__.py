@@ -8,6 +8,8 @@
 | `flow` | whether texture follows the motion, and whether brightness flickers |
 | `motion` | how fast something moves |
 | `colour` | whether a window's colour strays from the proxy's |
+| `optical_flow` | how a video moves of which nobody knows it |
+| `report` | all of it over time, for the artist: `verdict` in words, `report_picture` drawn |
 | `statistics` | means and paired differences with confidence intervals |
 
 A video is [T, H, W, 3], float, 0 to 1 (ComfyUI's IMAGE). Where a function takes `Frames`, any

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections import defaultdict
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -27,15 +28,34 @@ def window_drift(target: Frames, proxy: Frames, stride: int, lines: WindowLines)
     Raises:
         ValueError: lengths that do not belong together, or lines for another size.
     """
-    in_time: dict[int, list[Tensor]] = defaultdict(list)
+    drifts = {}
     for j, (frame, small) in enumerate(shown_pairs(target, proxy, stride)):
         _require_size(frame, lines)
-        height, width = small.shape[:2]
         # Both on the proxy's grid: its pixels that lie across a border mix two windows' colours,
         # which would look like drift of a perfect video.
-        difference = shrink(frame, (height, width)) - small
-        in_time[bisect(lines.frames.cuts, stride * j)].append(_window_means(difference, lines))
-    return GREY_LEVELS * torch.stack([torch.stack(drifts).mean(0) for drifts in in_time.values()])
+        drifts[stride * j] = frame_drift(shrink(frame, _size(small)) - small, lines)
+    return means_in_time(drifts, lines)
+
+
+def frame_drift(difference: Tensor, lines: WindowLines) -> Tensor:
+    """Drift of every window in one frame, in grey levels: [windows down, across, 3].
+
+    Args:
+        difference: the target's frame shrunk to the proxy's size, less the proxy's [h, w, 3].
+    """
+    edges = (
+        [edge * n / axis.length for edge in axis.edges]
+        for n, axis in zip(difference.shape, (lines.rows, lines.columns), strict=False)
+    )
+    return GREY_LEVELS * area_means(difference, *edges)
+
+
+def means_in_time(drifts: Mapping[int, Tensor], lines: WindowLines) -> Tensor:
+    """Means over each window in time of drifts by frame: [windows in time, down, across, 3]."""
+    in_time: dict[int, list[Tensor]] = defaultdict(list)
+    for frame, drift in drifts.items():
+        in_time[bisect(lines.frames.cuts, frame)].append(drift)
+    return torch.stack([torch.stack(each).mean(0) for each in in_time.values()])
 
 
 def rms_drift(drift: Tensor) -> float:
@@ -48,13 +68,8 @@ def worst_drift(drift: Tensor) -> float:
     return float(drift.double().square().mean(-1).sqrt().max())
 
 
-def _window_means(frame: Tensor, lines: WindowLines) -> Tensor:
-    """Mean of every window [down, across, 3] of a frame [h, w, 3] of the proxy's size."""
-    edges = (
-        [edge * n / axis.length for edge in axis.edges]
-        for n, axis in zip(frame.shape, (lines.rows, lines.columns), strict=False)
-    )
-    return area_means(frame, *edges)
+def _size(frame: Tensor) -> tuple[int, int]:
+    return frame.shape[0], frame.shape[1]
 
 
 def _require_size(frame: Tensor, lines: WindowLines) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..geometry.grid import Grid
-from ..geometry.windows import Box
+from ..geometry.layout import Layout
+from ..geometry.windows import Box, SlidingWindows
 
 
 @dataclass(frozen=True)
@@ -61,3 +62,27 @@ def window_lines(
         others = tuple(p for i, p in enumerate(along, 1) if i not in starts)
         lines.append(Lines(length, cuts, others))
     return WindowLines(*lines)
+
+
+class LayoutLines(NamedTuple):
+    """Where the windows of a layout meet."""
+
+    all_blocks: WindowLines
+    """In any block of the model: where seams may show."""
+    block: WindowLines
+    """In the first one alone: windows that do not overlap."""
+
+
+def layout_lines(layout: Layout) -> LayoutLines:
+    """The lines of what the detail branch computes by."""
+    plan, windows = layout.plan, layout.windows
+    video = Grid(plan.frames, plan.height, plan.width)
+    pixels = plan.space.spatial * plan.space.patch[1]
+    if isinstance(windows, SlidingWindows):
+        lines = window_lines(windows.tiles(), video, pixels, plan.space.temporal)
+        return LayoutLines(lines, lines)
+    boxes = windows.boxes(0), windows.boxes(1)
+    return LayoutLines(
+        window_lines([*boxes[0], *boxes[1]], video, pixels, plan.space.temporal),
+        window_lines(boxes[0], video, pixels, plan.space.temporal),
+    )

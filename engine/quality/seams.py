@@ -105,17 +105,57 @@ def steps_across(x: Tensor, positions: list[int], axis: int, reach: int = 1) -> 
     return GREY_LEVELS * (1.5 * (c - b) - 0.5 * (d - a))
 
 
-def _seams_in_space(video: Frames, lines: Lines, segment: int, reach: int, axis: int) -> SeamScore:
-    positions = _comparable(lines, reach)
-    energies, roughness = [], []
-    for frame in video:
+class SeamMeter:
+    """Takes frames one at a time and scores their seams along one axis.
+
+    Args:
+        axis: 0 for seams along horizontal lines, 1 for vertical ones.
+
+    Raises:
+        ValueError: see `row_seams`.
+    """
+
+    def __init__(self, lines: Lines, axis: int, segment: int = SEGMENT, reach: int = REACH):
+        self.lines, self.axis = lines, axis
+        self._segment, self._reach = segment, reach
+        self._positions = _comparable(lines, reach)
+        self._sums: Tensor | None = None
+        self._frames = 0
+
+    def add(self, frame: Tensor) -> SeamScore:
+        """Takes a frame [H, W, 3]; its own score, alone."""
         require_frame(frame)
-        _require_length(frame.shape[axis], lines, ("rows", "columns")[axis])
-        steps = steps_across(frame, positions, axis, reach)
-        energies.append(_segment_means(steps, segment).square().flatten(1).mean(1))
-        roughness.append(steps.abs().flatten(1).mean(1))
-    mean_energy, mean_roughness = torch.stack(energies).mean(0), torch.stack(roughness).mean(0)
-    return _score(mean_energy, mean_roughness, positions, lines)
+        _require_length(frame.shape[self.axis], self.lines, ("rows", "columns")[self.axis])
+        steps = self._steps(frame)
+        energies = _segment_means(steps, self._segment).square().flatten(1).mean(1)
+        sums = torch.stack([energies, steps.abs().flatten(1).mean(1)])
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._frames += 1
+        return _score(*sums, self._positions, self.lines)
+
+    def score(self) -> SeamScore:
+        """Of all frames so far, one or more."""
+        assert self._sums is not None
+        return _score(*(self._sums / self._frames), self._positions, self.lines)
+
+    def heights(self, frame: Tensor) -> dict[int, list[float]]:
+        """The steps of a frame's segments in grey levels, beyond what is usual, by cut."""
+        steps = _segment_means(self._steps(frame), self._segment).square().mean(-1).sqrt()
+        cuts = [p in self.lines.cuts for p in self._positions]
+        elsewhere = [i for i, is_cut in enumerate(cuts) if not is_cut]
+        usual = steps[elsewhere].median() if elsewhere else steps.new_zeros(())
+        beyond = (steps - usual).clamp(min=0).tolist()
+        return {p: beyond[i] for i, p in enumerate(self._positions) if cuts[i]}
+
+    def _steps(self, frame: Tensor) -> Tensor:
+        return steps_across(frame, self._positions, self.axis, self._reach)
+
+
+def _seams_in_space(video: Frames, lines: Lines, segment: int, reach: int, axis: int) -> SeamScore:
+    meter = SeamMeter(lines, axis, segment, reach)
+    for frame in video:
+        meter.add(frame)
+    return meter.score()
 
 
 def _segment_means(steps: Tensor, segment: int) -> Tensor:

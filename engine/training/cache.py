@@ -17,11 +17,15 @@ from ..comfyui import management, media, models
 from ..families.wan import TEXT_WIDTH
 from ..geometry.grid import Grid
 from ..geometry.plan import Plan
+from ..lora.recipe import DETAIL_STAGES
 from .clips import Clip, Unusable, cut_starts, read_cut, resized
 from .files import save_tensors
+from .selection import Selection, Worth, as_tensor, worth_of
 
 KEY = "atlasvid_sample"
 CUTS_PER_CLIP = 4
+ALL = Selection()
+"""Every cut, as often as any other."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Sample:
     """What one training step learns from. Latents are ComfyUI's, not yet normalised."""
 
     target: Tensor | None
-    """[1, C, T, H, W], in stage guide."""
+    """[1, C, T, H, W], in the stages of the detail branch."""
     guide: Tensor
     """[1, C, F_g, H_g, W_g]; in stage proxy this is what is learned."""
     text: Tensor
@@ -44,6 +48,8 @@ class Dataset:
     empty_text: Path
     skipped: tuple[str, ...]
     """`name: reason`, one per clip or cut."""
+    chosen: tuple[str, ...] = ()
+    """What was asked of the cuts and what each has, where something was."""
 
     def sample(self, index: int) -> Sample:
         tensors = _read(self.files[index])
@@ -56,7 +62,8 @@ class Dataset:
     def report(self) -> str:
         """How many samples there are, and what was skipped and why."""
         lines = [f"{len(self.files)} samples, {len(self.skipped)} clips or cuts skipped."]
-        return "\n".join([*lines, *(f"skipped {reason}" for reason in self.skipped)])
+        lines += (f"skipped {reason}" for reason in self.skipped)
+        return "\n".join([*lines, *self.chosen])
 
 
 class LatentCache:
@@ -69,12 +76,12 @@ class LatentCache:
     def __init__(self, folder: Path, plan: Plan, stage: str, vae: Any, text_encoder: Any):
         self.folder = folder
         self.plan = plan
-        self.stage = stage
+        self.kind = "guide" if stage in DETAIL_STAGES else stage
         self.vae = vae
         self.text_encoder = text_encoder
         self.made_from = {
             "plan": {k: v for k, v in asdict(plan).items() if k != "notes"},
-            "stage": stage,
+            "stage": self.kind,  # of both streams of the detail branch alike
             "vae": fingerprint(media.vae_weights(vae)),
             "text encoder": text_fingerprint(text_encoder),
         }
@@ -84,8 +91,12 @@ class LatentCache:
         clips: Sequence[Clip],
         cuts_per_clip: int = CUTS_PER_CLIP,
         on_progress: Callable[[int, int, str], None] = lambda done, total, name: None,
+        selection: Selection = ALL,
     ) -> Dataset:
         """Encode what is not there yet.
+
+        Args:
+            selection: what is asked of a cut; one that counts more often is listed more often.
 
         Raises:
             ValueError: no clip can be used, the message lists why; or VAE or text encoder belong to
@@ -93,6 +104,8 @@ class LatentCache:
         """
         empty_text = self._empty_text()
         files: list[Path] = []
+        worths: list[Worth] = []
+        names: list[str] = []
         skipped: list[str] = []
         for done, clip in enumerate(clips):
             management.raise_if_cancelled()
@@ -103,15 +116,21 @@ class LatentCache:
                 skipped.append(f"{clip.name}: {reason}")
                 continue
             for start in starts:
+                name = f"{clip.name} from {start:.1f} s"
                 try:
+                    if selection.is_asked:
+                        worth = self.worth(clip, start)
+                        selection.require(worth)
+                        worths.append(worth)
                     files.append(self.sample_file(clip, start))
+                    names.append(name)
                 except Unusable as reason:
-                    skipped.append(f"{clip.name} from {start:.1f} s: {reason}")
+                    skipped.append(f"{name}: {reason}")
         on_progress(len(clips), len(clips), "")
         if not files:
             reasons = "\n".join(skipped[:20])
             raise ValueError(f"None of the {len(clips)} clips can be used:\n{reasons}")
-        return Dataset(tuple(files), empty_text, tuple(skipped))
+        return _chosen(files, names, worths, selection, empty_text, tuple(skipped))
 
     def sample_file(self, clip: Clip, start: float) -> Path:
         """The file of one cut, made where it is missing, damaged or of something else.
@@ -130,11 +149,36 @@ class LatentCache:
             save_tensors(path, self._encode(clip, start), {KEY: json.dumps(facts)})
         return path
 
+    def worth(self, clip: Clip, start: float) -> Worth:
+        """What a cut has to teach, measured once and kept in a file.
+
+        Raises:
+            Unusable: the clip cannot be used.
+            RuntimeError: the file cannot be written.
+        """
+        plan = {k: v for k, v in asdict(self.plan).items() if k != "notes"}
+        facts = {"worth of": clip.identity, "start": start, "plan": plan, "stage": self.kind}
+        path = self._path(facts)
+        if not _header_is(path, facts):
+            found = worth_of(*self._looked_at(clip, start))
+            save_tensors(path, {"worth": as_tensor(found)}, {KEY: json.dumps(facts)})
+        return Worth(*_read(path)["worth"].tolist())
+
+    def _looked_at(self, clip: Clip, start: float) -> tuple[Tensor, tuple[int, int]]:
+        """The frames that are learned from, and the size above which detail counts in them."""
+        plan = self.plan
+        if self.kind == "guide":
+            frames = read_cut(clip, start, plan.frames, plan.fps, plan.width, plan.height)
+            return frames, (plan.proxy_width, plan.proxy_height)
+        size = plan.proxy_width, plan.proxy_height
+        frames = read_cut(clip, start, plan.proxy_frames, plan.proxy_fps, *size)
+        return frames, (size[0] // 2, size[1] // 2)
+
     def _encode(self, clip: Clip, start: float) -> dict[str, Tensor]:
         plan = self.plan
         size = plan.proxy_width, plan.proxy_height
         tensors = {}
-        if self.stage == "guide":
+        if self.kind == "guide":
             frames = read_cut(clip, start, plan.frames, plan.fps, plan.width, plan.height)
             tensors["target"] = self._latent(frames, plan.latent)
             proxy = resized(frames[:: plan.temporal_stride], *size)
@@ -184,12 +228,30 @@ class LatentCache:
         except ValueError:
             return False
         sizes = {"guide": self.plan.proxy_latent}
-        if self.stage == "guide":
+        if self.kind == "guide":
             sizes["target"] = self.plan.latent
         return all(tensor.isfinite().all() for tensor in tensors.values()) and all(
             name in tensors and tensors[name].shape[2:] == torch.Size(size)
             for name, size in sizes.items()
         )
+
+
+def _chosen(
+    files: list[Path],
+    names: list[str],
+    worths: list[Worth],
+    selection: Selection,
+    empty_text: Path,
+    skipped: tuple[str, ...],
+) -> Dataset:
+    """The dataset of what was selected. Six parameters: it is all that `build` found."""
+    if not selection.is_asked:
+        return Dataset(tuple(files), empty_text, skipped)
+    repeats = selection.repeats(worths)
+    listed = [file for file, count in zip(files, repeats, strict=True) for _ in range(count)]
+    rows = zip(names, worths, repeats, strict=True)
+    chosen = [f"{name}: {worth}, counts {count} times" for name, worth, count in rows]
+    return Dataset(tuple(listed), empty_text, skipped, (selection.describe(), *chosen))
 
 
 def _header_is(path: Path, facts: dict) -> bool:
@@ -225,6 +287,12 @@ def fingerprint(state: dict[str, Tensor]) -> str:
             values = tensor.detach().flatten()[:64].float().cpu().contiguous()
             digest.update(values.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def file_fingerprint(path: str | Path) -> str:
+    """A short name for a file's content."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def text_fingerprint(encoder: Any) -> str:

@@ -1,7 +1,7 @@
-"""The forwards of both stages under autograd.
+"""The forwards of all stages under autograd.
 
-Stage guide runs the windows, guide stream and positions of inference; nothing is written in place,
-and what a chunk of windows computes is computed again for the backward pass. So of the whole
+The detail branch runs the windows, guide stream and positions of inference; nothing is written in
+place, and what a chunk of windows computes is computed again for the backward pass. So of the whole
 target only each block's input is kept, and activations are bounded by the chunk.
 """
 
@@ -69,12 +69,12 @@ def training_options() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Nets:
-    """The two views of the model in stage guide."""
+    """The two views of the model in the detail branch: one has the adapters, one is frozen."""
 
-    frozen: Any
+    target: Any
     """What target tokens pass."""
-    adapted: Any
-    """With the adapters: what guide tokens pass."""
+    guide: Any
+    """What guide tokens pass."""
 
 
 def guide_forward(
@@ -95,10 +95,11 @@ def guide_forward(
         [B, C, T, H, W].
     """
     x, timestep, context = given
-    net, options = nets.frozen, training_options()
+    net, options = nets.target, training_options()
     with torch.no_grad():
         ev = Evaluation(
             net=net,
+            base=nets.guide,
             family=family,
             settings=settings,
             run=SamplingRun(seed=0),
@@ -120,7 +121,7 @@ def guide_forward(
     assert isinstance(windows, ShiftedWindows), "only disjoint windows are trained"
     rope = family.rotations(net, {})
     attention = ShiftedAttention(windows, settings.layout.alignment, rope)
-    keys_of_blocks = guide_keys(ev, nets.adapted)
+    keys_of_blocks = guide_keys(ev, nets.guide)
     for i, block in enumerate(family.blocks(net)):
         keys, values = next(keys_of_blocks)
         order = attention.order(i, x.device, x.device)

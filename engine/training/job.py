@@ -11,9 +11,10 @@ from typing import Any
 from ..comfyui import server
 from ..geometry.plan import Plan
 from ..log import log
-from .cache import CUTS_PER_CLIP, Dataset, LatentCache
+from .cache import ALL, CUTS_PER_CLIP, Dataset, LatentCache
 from .clips import Clip
 from .files import require_writable
+from .selection import Selection
 from .trainer import ONE_CARD, Cards, Trainer, TrainResult, TrainSettings, require_trainable
 
 LONGEST_NAME = 200
@@ -94,12 +95,14 @@ def train(
     resume: bool = True,
     cuts_per_clip: int = CUTS_PER_CLIP,
     cards: Cards = ONE_CARD,
+    selection: Selection = ALL,
     on_clip: Callable[[int, int, str], None] = lambda done, total, name: None,
     on_step: Callable[[int, list[float]], None] = lambda step, losses: None,
 ) -> tuple[TrainResult, Dataset]:
     """Encode what is not cached yet, then train.
 
     Args:
+        selection: which cuts are learned from, and how often.
         resume: go on from the state of an earlier run of the same name; else it is replaced.
         on_clip: called with clips done, clips in all and the next one's name.
         on_step: called with the step and all losses.
@@ -115,9 +118,9 @@ def train(
     cache = LatentCache(job.cache_folder, plan, settings.stage, vae, text_encoder)
     if cards.index:  # the first process encodes, the others find it done
         cards.wait()
-        dataset = cache.build(clips, cuts_per_clip)
+        dataset = cache.build(clips, cuts_per_clip, selection=selection)
     else:
-        dataset = cache.build(clips, cuts_per_clip, on_clip)
+        dataset = cache.build(clips, cuts_per_clip, on_clip, selection)
         cards.wait()
     log.info("%s", dataset.report())
     trainer = Trainer(model, plan, settings, job.path, job.run_folder, cards)

@@ -16,7 +16,7 @@ from .files import save_tensors
 
 KEY = "atlasvid_training"
 VERSION = 1
-SINCE_ADDED = {"guide_weight": 1.0}
+SINCE_ADDED = {"guide_weight": 1.0, "init": ""}
 """Settings that runs of earlier versions did not name, and what they were then."""
 
 

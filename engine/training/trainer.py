@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import save_on_cpu
 
 from ..branch.settings import DetailSettings
 from ..comfyui import management, models
@@ -19,9 +21,11 @@ from ..geometry.grid import Grid
 from ..geometry.layout import Layout
 from ..geometry.plan import Plan
 from ..log import log
-from ..lora.recipe import STAGES, Recipe, pack_version
-from .adapters import TARGETS, build_adapters, require_rank
-from .cache import Dataset, Sample
+from ..lora.files import read_lora
+from ..lora.guide import match
+from ..lora.recipe import DETAIL_STAGES, STAGES, Recipe, pack_version
+from .adapters import TARGETS, Adapters, build_adapters, require_rank
+from .cache import Dataset, Sample, file_fingerprint
 from .curve import save_losses
 from .files import save_tensors
 from .forward import CARD_CHUNK, HOST_CHUNK, Nets, guide_forward, proxy_forward
@@ -34,8 +38,12 @@ USUAL_RATES = {"AdamW": 1e-4, "Prodigy": 1.0}
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 GRADIENT_NORM = 1.0
 """Gradients are scaled down to this norm, so that one odd clip cannot undo the rest."""
-KEY_PREFIX = {"proxy": "diffusion_model.", "guide": "base_model.model."}
-"""Stock loaders match every key of the first, and none of the second, which is not for them."""
+KEY_PREFIX = {
+    "proxy": "diffusion_model.",
+    "guide": "base_model.model.",
+    "target": "base_model.model.",
+}
+"""Stock loaders match every key of the first, and none of the others, which are not for them."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class TrainSettings:
     learning_rate: float = 0.0
     """0 is the optimizer's usual one."""
     window: Grid | None = None
-    """Tokens per window, in stage guide."""
+    """Tokens per window, in the stages of the detail branch."""
     noise: NoiseLevels = field(default_factory=NoiseLevels)
     caption_dropout: float = 0.1
     """Share of steps that learn without words, for classifier-free guidance."""
@@ -61,7 +69,10 @@ class TrainSettings:
     seed: int = 0
     save_every: int = 250
     guide_weight: float = 1.0
-    """How often each of the guide's keys counts in the softmax, in stage guide."""
+    """How often each of the guide's keys counts in the softmax, in those stages."""
+
+    init: str = ""
+    """A LoRA file to start from, perhaps trained at another size; empty: from the base model."""
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -90,6 +101,11 @@ class TrainSettings:
                 f"guide_weight is {self.guide_weight:g}; give a number above 0: 1 reads the "
                 "guide's keys as they are, and a guide that is not read cannot be learned."
             )
+
+    @property
+    def is_detail(self) -> bool:
+        """Whether the LoRA is for the detail branch."""
+        return self.stage in DETAIL_STAGES
 
     @property
     def rate(self) -> float:
@@ -176,9 +192,40 @@ def require_trainable(model: Any, plan: Plan, settings: TrainSettings) -> None:
             "them for an image. Train on a text-to-video model (Wan 2.1 T2V, 2.2 T2V A14B or "
             "2.2 TI2V-5B)."
         )
-    if settings.stage == "guide" and settings.window is None:
-        raise ValueError("Stage guide needs a window.")
+    if settings.is_detail and settings.window is None:
+        raise ValueError(f"Stage {settings.stage} needs a window.")
     require_rank(net, settings.rank)
+
+
+def initial_weights(settings: TrainSettings, adapters: Adapters, net: Any) -> dict[str, Tensor]:
+    """The adapters' weights with those of the LoRA to start from in their place.
+
+    Layers that it does not change start anew.
+
+    Raises:
+        ValueError: it is unreadable, of another stage, base model or rank, or changes no layer.
+    """
+    file = read_lora(settings.init)
+    recipe = file.recipe
+    if recipe and recipe.stage != settings.stage:
+        raise ValueError(
+            f"{file.name} was trained for stage {recipe.stage}, and this is stage "
+            f"{settings.stage}. Start from a LoRA of the same stage."
+        )
+    weights, scale = adapters.tensors(), settings.alpha / settings.rank
+    found = {name: c for name, c in match(file.changes, net)[0].items() if name in adapters.layers}
+    if not found:
+        raise ValueError(f"{file.name} changes none of the layers that are trained here.")
+    for name, change in found.items():
+        if len(change.down) != settings.rank:
+            raise ValueError(
+                f"{file.name} has rank {len(change.down)}, and rank is {settings.rank}. Set rank "
+                f"to {len(change.down)}."
+            )
+        weights[f"{name}.lora_A.weight"] = change.down.float()
+        weights[f"{name}.lora_B.weight"] = change.up.float() * (change.scale / scale)
+    log.info("Starting from %s: %d of %d layers.", file.name, len(found), len(adapters.layers))
+    return weights
 
 
 class Trainer:
@@ -225,10 +272,15 @@ class Trainer:
                 settings.seed,
                 self.device,
             )
+            if settings.init:
+                self.adapters.load(initial_weights(settings, self.adapters, net))
             self.optimizer = make_optimizer(
                 settings.optimizer, self.adapters.parameters(), settings.rate
             )
             self.frozen = frozen_view(net)
+        self.inputs_on_host = self.device.type != "cpu" and self.activation_bytes() > int(
+            0.9 * management.free_memory(self.device)
+        )
         self.dataset = NO_DATA
         self.losses: list[float] = []
         self.step = 0
@@ -238,7 +290,7 @@ class Trainer:
         width = self.dtype.itemsize * self.base.dim
         tokens = self.plan.proxy_tokens.count
         chunk = tokens
-        if self.settings.stage == "guide":
+        if self.settings.is_detail:
             tokens, chunk = tokens + self.plan.tokens.count, max(tokens, CARD_CHUNK)
         return (self.base.layers + 8) * tokens * width + 60 * chunk * width
 
@@ -331,6 +383,9 @@ class Trainer:
                     raise
             # Outside the handler, whose traceback keeps tensors and autograd's hooks alive.
             management.empty_cache()
+            if self.settings.is_detail and not self.inputs_on_host:
+                self.inputs_on_host = True
+                continue
             least = self.settings.window.count if self.settings.window else self.chunk.tokens
             if self.chunk.tokens <= least:
                 raise RuntimeError(
@@ -379,8 +434,12 @@ class Trainer:
             models.process_latent_in(self.patcher, sample.guide),
             guide_weight=self.settings.guide_weight,
         )
-        nets = Nets(self.frozen, self.adapters.view)
-        return guide_forward(nets, self.family, detail, (x, timestep, text), self.chunk)
+        nets = Nets(target=self.frozen, guide=self.adapters.view)
+        if self.settings.stage == "target":
+            nets = Nets(target=self.adapters.view, guide=self.frozen)
+        keep = save_on_cpu(pin_memory=self.device.type == "cuda")
+        with keep if self.inputs_on_host else nullcontext():
+            return guide_forward(nets, self.family, detail, (x, timestep, text), self.chunk)
 
     # --- Files ------------------------------------------------------------------------------
 
@@ -390,7 +449,7 @@ class Trainer:
 
     def recipe(self) -> Recipe:
         """What the saved LoRA says of itself."""
-        settings, guide = self.settings, self.settings.stage == "guide"
+        settings, guide = self.settings, self.settings.is_detail
         return Recipe(
             stage=settings.stage,
             temporal_stride=self.plan.temporal_stride,
@@ -402,6 +461,7 @@ class Trainer:
             steps=self.step,
             version=pack_version(),
             guide_weight=settings.guide_weight if guide else None,
+            ratio=self.plan.ratio if guide else None,
         )
 
     def lora_tensors(self) -> dict[str, Tensor]:
@@ -417,6 +477,8 @@ class Trainer:
         settings = asdict(self.settings)
         for name in ("steps", "save_every"):
             del settings[name]
+        if settings["init"]:  # by its content: the file may be moved, but not be another
+            settings["init"] = file_fingerprint(settings["init"])
         plan = {name: value for name, value in asdict(self.plan).items() if name != "notes"}
         samples = [file.stem for file in self.dataset.files]
         return {

@@ -14,6 +14,9 @@ from ..comfyui import media
 from .video import StreamedVideo
 
 FILE_BATCH = 16
+"""Frames of a file that are read at a time, at most."""
+BATCH_BYTES = 2**28
+"""Memory that they may take, as float32: large frames come fewer at a time."""
 
 
 class FrameSource(Protocol):
@@ -82,7 +85,9 @@ class FileFrames:
         raise ValueError(f"{media.video_name(self.video)} has no frames to encode.")
 
     def batches(self) -> Iterator[Tensor]:
-        yield from media.video_batches(self.video, FILE_BATCH)
+        height, width = self.size
+        fitting = BATCH_BYTES // (height * width * 3 * 4)
+        yield from media.video_batches(self.video, max(1, min(FILE_BATCH, fitting)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,6 +156,25 @@ def sound_and_rate(pixels: Any) -> tuple[dict[str, Any] | None, Fraction | None]
         return media.video_sound(pixels), pixels.get_frame_rate()
     components = pixels.get_components()
     return components.audio, Fraction(components.frame_rate)
+
+
+class EachFrame:
+    """The frames [height, width, 3] of images or a VIDEO, one after the other, at every reading.
+
+    A video file is decoded as it is read; a video of AtlasVid Decode to Video is decoded from its
+    latent once. Neither is ever in memory whole.
+    """
+
+    def __init__(self, pixels: Any):
+        self._pixels = pixels
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if isinstance(self._pixels, StreamedVideo):  # as it is saved: decoded once for both
+            yield from self._pixels.each_frame()
+            return
+        for batch in frame_source(self._pixels).batches():
+            for frame in batch:
+                yield frame[..., :3].float()
 
 
 def latent_groups(batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:

@@ -125,6 +125,11 @@ class StreamedVideo(media.VideoInput):
         with whole_file(path) as target:
             media.encode_video(components, target, depth, **given)
 
+    def each_frame(self) -> Iterator[Tensor]:
+        """Its frames [height, width, 3] in order, as they are saved; decoded once, then kept."""
+        depth = self._bit_depth
+        yield from LazyFrames(self._frames(depth), self._excerpt, self._size, depth)
+
     def _frames(self, bit_depth: int) -> DecodedFrames:
         if bit_depth not in self._decoded:
             folder = server.temp_directory()

@@ -39,6 +39,7 @@ NEEDS_FILES = {
     "CLIPLoader",
     "VAELoader",
     "LoraLoaderModelOnly",
+    "AtlasVidGuideLoRA",
     "CLIPVisionLoader",
     "LoadImage",
     "LoadVideo",

@@ -15,6 +15,7 @@ from clips import render
 from comfy_server import PromptFailed, Server, Session
 from pipeline import DETAIL, Prompt, node, pipeline
 from safetensors.torch import load_file
+from train import parsed
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 300.0
@@ -53,6 +54,17 @@ def base(server: Server) -> Path:
 
 def run_folder(server: Server, name: str) -> Path:
     return base(server) / "output" / "atlasvid_training" / name
+
+
+def test_the_paper_s_preset_is_what_it_says_and_what_is_given_wins() -> None:
+    """15K iterations, 720P x 81 frames, the proxy at 4 per second, bf16."""
+    given = ["guide", "--clips", "x", "--preset", "paper"]
+    paper, chosen = parsed(given), parsed([*given, "--steps", "7", "--height", "512"])
+    assert (paper.steps, paper.width, paper.height, paper.precision) == (15_000, 1280, 720, "bf16")
+    assert paper.fps / paper.temporal_stride == 4
+    assert (chosen.steps, chosen.height, chosen.width) == (7, 512, 1280)
+    light = parsed(given[:3])
+    assert (light.steps, light.precision) == (1000, "bf16")
 
 
 # --- The node -------------------------------------------------------------------------------

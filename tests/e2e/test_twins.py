@@ -1,6 +1,7 @@
 """Every shipped graph runs to its end in a real server, as its tiny twin."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,11 +12,14 @@ import pytest
 from atlasvid.engine.families.tiny import wan_state
 from comfy_server import Server, Session, output_files
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
-from twins import IMAGE_TO_VIDEO, Prompt, tiny_twin
+from twins import IMAGE_TO_VIDEO, TRAINING, Prompt, tiny_twin
 from workflow import to_prompt
 
 WORKFLOWS = sorted((Path(__file__).resolve().parents[2] / "workflows").glob("*.json"))
+MAKE_LORAS = ("atlasvid_train_guide", "atlasvid_train_proxy")
+MAKE_VIDEOS = [file for file in WORKFLOWS if file.stem not in MAKE_LORAS]
 TIMEOUT = 300.0
 FRAMES = 17
 
@@ -28,6 +32,7 @@ def files_for(prompt: Prompt, base: Path) -> Iterator[None]:
         "LoadImage": (base / "input", "image", write_picture),
         "LoadVideo": (base / "input", "file", write_video),
         "UNETLoader": (base / "models" / "diffusion_models", "unet_name", write_model),
+        TRAINING: (base / "input", "folder", write_clips),
     }
     made = []
     for node in prompt.values():
@@ -38,7 +43,7 @@ def files_for(prompt: Prompt, base: Path) -> Iterator[None]:
             write(made[-1])
     yield
     for file in made:
-        file.unlink()
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
 
 
 def write_picture(file: Path) -> None:
@@ -60,12 +65,39 @@ def write_video(file: Path) -> None:
         container.mux(stream.encode())
 
 
+def write_clips(folder: Path) -> None:
+    folder.mkdir()
+    write_video(folder / "clip.mp4")
+    (folder / "clip.txt").write_text("a wide view of a red balloon", "utf-8")
+
+
 def read_frames(file: Path) -> list[np.ndarray]:
     with av.open(str(file)) as container:
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
 
-@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
+@pytest.mark.parametrize("name", MAKE_LORAS)
+def test_a_training_graph_makes_its_lora(server: Server, name: str) -> None:
+    """A LoRA of the stage that the graph is named by, at the size of its plan, and a curve."""
+    base = server.log.parent
+    workflow = json.loads((WORKFLOWS[0].parent / f"{name}.json").read_text("utf-8"))
+    with Session(server) as session:
+        prompt = tiny_twin(to_prompt(workflow, session.object_info()), seconds=1.0, width=256)
+        with files_for(prompt, base):
+            history = session.run(prompt, TIMEOUT)
+    (training,) = [node["inputs"] for node in prompt.values() if node["class_type"] == TRAINING]
+    with safe_open(base / "models" / "loras" / f"{training['name']}.safetensors", "pt") as file:
+        recipe = json.loads(file.metadata()["atlasvid"])
+        changed = [key for key in file.keys() if "lora_B" in key and file.get_tensor(key).any()]  # noqa: SIM118
+    assert changed
+    assert recipe["stage"] == name.removeprefix("atlasvid_train_")
+    assert recipe["steps"] == training["steps"] == 4
+    (shown,) = [each for each in history["outputs"].values() if "images" in each]
+    with Image.open(base / "temp" / shown["images"][0]["filename"]) as curve:
+        assert curve.size == (800, 480)
+
+
+@pytest.mark.parametrize("file", MAKE_VIDEOS, ids=lambda file: file.stem)
 def test_a_shipped_graph_makes_its_video(server: Server, file: Path) -> None:
     workflow = json.loads(file.read_text("utf-8"))
     base = server.log.parent
@@ -80,5 +112,7 @@ def test_a_shipped_graph_makes_its_video(server: Server, file: Path) -> None:
     frames = max(made, key=lambda video: video[0].size)  # the proxy is saved too
     assert frames[0].shape[:2] == (plan["height"], plan["width"])
     step = 4 * plan["temporal_stride"]
-    assert len(frames) == step * int(plan["seconds"] * plan["fps"] / step + 0.5) + 1
+    planned = step * int(plan["seconds"] * plan["fps"] / step + 0.5) + 1
+    cuts = [n["inputs"]["amount"] for n in prompt.values() if n["class_type"] == "LatentCut"]
+    assert len(frames) == min([planned, *(4 * latents - 3 for latents in cuts)])
     assert np.stack(frames).std() > 5  # a picture, not one colour

@@ -73,6 +73,7 @@ CONTRACT = {
         "start_image",
         "clip_vision_output",
     ],
+    "AtlasVidReport": ["plan", "video", "window", "overlap", "proxy"],
 }
 
 

@@ -41,10 +41,13 @@ BASE = {
         "cuts_per_clip": 1,
         "save_every": 1,
         "resume": False,
+        "min_motion": 0.1,
+        "min_sharpness": 0.1,
     },
     "AtlasVidTinyModels": {"weights": "random"},  # the trained ones need no seed
     "AtlasVidImageToVideo": {"width": 32, "height": 48, "frames": 5},
     "AtlasVidTCDecode": {"width": 10, "height": 10},  # twice as much still fits the latent
+    "AtlasVidReport": {"window": {"window": "custom", "frames": 1, "height": 2, "width": 3}},
 }
 """Where the schema's defaults are large, or leave an input without a say."""
 
@@ -117,7 +120,7 @@ def legal(written):
         "VAE": [wan21_vae(seed=seed) for seed in seeds],
         "ATLASVID_PLAN": [
             plan_of((5, 8, 8), (2, 4, 4), stride=4),
-            plan_of((3, 6, 8), (2, 4, 4), stride=2),
+            plan_of((3, 8, 8), (2, 4, 4), stride=2),
         ],
         "ATLASVID_GUIDE_LORA": [
             nodes.AtlasVidGuideLoRA.execute(f"{seed}.safetensors", 1.0)[0] for seed in seeds
@@ -129,6 +132,7 @@ def legal(written):
         "CLIP_VISION_OUTPUT": [None, comfy.clip_vision.Output()],
         "AUDIO": [{"waveform": rand(1, 2, 99, seed=s), "sample_rate": 44100} for s in seeds],
         "VIDEO": [InputImpl.VideoFromFile(clip) for clip in clips],
+        "video": [rand(9, 64, 64, 3, seed=seed).sigmoid() for seed in seeds],
         "captions": ["waves", "other waves"],
         "folder": ["", "other"],
         "name": ["one", "another"],

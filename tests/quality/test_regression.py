@@ -7,6 +7,7 @@ way of spoiling them is tried, and has to break its bound.
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from statistics import mean
 
 import pytest
@@ -15,7 +16,8 @@ from atlasvid.engine.branch import apply
 from atlasvid.engine.families.tiny import trained_family
 from atlasvid.engine.geometry import alignment, windows
 from atlasvid.engine.proxy import structure
-from world.comparisons import window_layouts
+from PIL import Image
+from world.comparisons import save_report, window_layouts
 from world.judge import Judge
 from world.studio import DEFAULT, Case, Method, Studio
 
@@ -95,12 +97,13 @@ def fixed_seams(studio: Studio, cases: list[Case]) -> float:
     found = []
     with torch.inference_mode():
         for case in cases:
-            layouts = {
-                name: layout._replace(all_blocks=layout.block)
-                for name, layout in window_layouts(case.plan).items()
+            judge = Judge(case, window_layouts(case.plan))
+            judge.windows = {
+                name: lines._replace(all_blocks=lines.block)
+                for name, lines in judge.windows.items()
             }
             video = studio.make(case, replace(GUIDED, guide_weight=0))
-            found.append(Judge(case, layouts).scores(video, GUIDED.window)["seam"])
+            found.append(judge.scores(video, GUIDED.window)["seam"])
     return mean(found)
 
 
@@ -114,6 +117,19 @@ def test_windows_that_do_not_move_are_noticed(
     cuts: Callable = windows.cuts
     monkeypatch.setattr(windows, "cuts", lambda length, window, _: cuts(length, window, False))
     assert fixed_seams(studio, cases) > SEAM
+
+
+def test_a_report_of_the_truth_finds_no_seams(cases: list[Case], tmp_path: Path) -> None:
+    """As `tools/evaluate.py --pictures` draws it for every method."""
+    case = cases[0]
+    (layout,) = [each for name, each in window_layouts(case.plan).items() if name == "compact"]
+    said = save_report(tmp_path / "report.png", case, case.truth, layout)
+    assert "borders of windows (" not in said
+    stepped = case.truth.clone()
+    stepped[:, :, 256:] += 8 / 255
+    said = save_report(tmp_path / "report.png", case, stepped, layout)
+    assert Image.open(tmp_path / "report.png").size == (1600, 1060)
+    assert "borders of windows" in said
 
 
 def test_structure_guidance_holds_the_composition(studio: Studio, cases: list[Case]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,30 +14,25 @@ import torch
 from torch import Tensor
 
 from . import perceptual
-from .judge import Judge, Layout, can_be_counted, coloured_mask
+from .judge import Judge, can_be_counted, coloured_mask
 from .scenes import FPS, random_scene
 from .sheets import save_sheet
-from .studio import BEST, DEFAULT, FLASHVSR, METHODS, SETTINGS, UPSCALED, Method, Studio
+from .studio import BEST, DEFAULT, FLASHVSR, METHODS, SETTINGS, UPSCALED, Case, Method, Studio
 
 SHEETS = 4
 """Scenes of which pictures are kept."""
 
 
-def window_layouts(plan: Any) -> dict[str, Layout]:
-    """Where the windows of each preset meet."""
+def window_layouts(plan: Any) -> dict[str, Any]:
+    """The layout of each preset."""
     from atlasvid.engine.branch.settings import preset_window
-    from atlasvid.engine.geometry.grid import Grid
-    from atlasvid.engine.geometry.windows import COMPACT, ShiftedWindows
-    from atlasvid.engine.quality.lines import window_lines
+    from atlasvid.engine.geometry.layout import Layout
+    from atlasvid.engine.geometry.windows import COMPACT
 
-    video = Grid(plan.frames, plan.height, plan.width)
-    found = {}
-    for name in ("trained size", "compact"):
-        window = preset_window(name, plan, COMPACT).clipped(plan.tokens)
-        windows = ShiftedWindows(plan.tokens, window)
-        even, odd = (list(windows.boxes(block)) for block in (0, 1))
-        found[name] = Layout(window_lines([*even, *odd], video), window_lines(even, video))
-    return found
+    return {
+        name: Layout(plan, preset_window(name, plan, COMPACT))
+        for name in ("trained size", "compact")
+    }
 
 
 def judge_methods(
@@ -60,12 +57,27 @@ def judge_methods(
             ledger.add((name, method.name, seed), scores)
             shown.append(video)
             print(f"{name} {seed} {method.name}: {_brief(scores)}", flush=True)
+            if options.pictures and seed < SHEETS:
+                file = f"{name}_{seed}_{re.sub(r'[^0-9a-z.]+', '_', method.name.lower())}.png"
+                save_report(options.work / file, case, video, layouts[method.window])
         if seed < SHEETS:
             _save(options.work / f"{name}_{seed}.png", shown)
             titles = ["truth", *(m.name for m in missing)]
             middle = {t: v[len(v) // 2].half() for t, v in zip(titles, shown, strict=True)}
             kept = options.work / f"{name}_{seed}.pt"
             torch.save((torch.load(kept) if kept.exists() else {}) | middle, kept)
+
+
+def save_report(file: Path, case: Case, video: Tensor, layout: Any) -> str:
+    """Draw the quality report of a video of a case; its verdict."""
+    from atlasvid.engine.quality.report import measure_video
+    from atlasvid.engine.quality.report_picture import draw_report
+
+    report = measure_video(
+        video, case.plan, layout.window, overlap=layout.overlap, proxy=case.proxy_frames
+    )
+    draw_report(report).save(file)
+    return report.verdict
 
 
 def _brief(scores: dict[str, float]) -> str:

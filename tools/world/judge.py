@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,14 +11,6 @@ from torch import Tensor
 from . import perceptual
 from .scenes import BALLOONS, FPS, LIGHTS, Scene, flow, masks
 from .studio import Case
-
-
-class Layout(NamedTuple):
-    """Where windows meet: in any block, and in the first one alone."""
-
-    all_blocks: Any
-    block: Any
-
 
 TOLD_APART = ("red", "purple", "green", "yellow")
 """Balloons whose colour is in no sky and no land, so that they can be counted by it."""
@@ -55,15 +47,17 @@ def coloured_mask(frame: Tensor, scene: Scene) -> Tensor:
 class Judge:
     """The measures, with what belongs to the truth kept for all methods of a case."""
 
-    def __init__(self, case: Case, windows: dict[str, Layout], metric: Any = None):
+    def __init__(self, case: Case, layouts: dict[str, Any], metric: Any = None):
         """
         Args:
-            windows: where the windows of each preset meet, by its name.
+            layouts: the engine's layout of each preset, by its name.
             metric: what `perceptual.load` gives; without it, no perceptual distance.
         """
         self.case = case
         self.metric = metric
-        self.windows = windows
+        from atlasvid.engine.quality.lines import layout_lines
+
+        self.windows = {name: layout_lines(layout) for name, layout in layouts.items()}
         pairs = list(zip(case.times[:-1], case.times[1:], strict=True))
         self.flows = [flow(case.scene, case.view, a, b) for a, b in pairs]
         self.still = [self._followed(a, b) for a, b in pairs]

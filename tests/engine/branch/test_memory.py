@@ -149,6 +149,7 @@ def chunk_peak(dim, ffn_dim, window, chunk, weight):
     layout = Layout(plan_of((41, 120, 208), (11, 60, 104)), window)
     settings = DetailSettings(layout, "matched", proxy=vectors(1), guide_weight=weight)
     ev = Evaluation(
+        base=None,
         net=wan,
         family=wan_family,
         settings=settings,

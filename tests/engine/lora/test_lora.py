@@ -3,7 +3,7 @@
 import copy
 import json
 import logging
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import comfy.ops
@@ -143,6 +143,31 @@ def test_acts_on_guide_tokens_only(wan, adapted, peft_folder, batch):
     lora = load_guide_lora(peft_folder / "adapter_model.safetensors", 1.0)
     assert relative_error(streamed(wan, lora, inputs), expected) < 1e-5
     assert relative_error(streamed(wan, None, inputs), expected) > 1e-2, "the LoRA must matter"
+
+
+@pytest.mark.parametrize("guide_too", [False, True])
+def test_a_target_lora_acts_on_target_tokens_only(wan, adapted, peft_folder, guide_too):
+    """The dense network with peft adapters on for target tokens, and for the guide's on demand."""
+    x, t, context, proxy = case()
+    lora = load_guide_lora(peft_folder / "adapter_model.safetensors", 1.0)
+    patched = apply_detail_branch(
+        wan,
+        plan_of((5, 8, 12), (2, 4, 6)),
+        proxy,
+        WINDOW,
+        "clean",
+        guide_lora=lora if guide_too else None,
+        target_lora=lora,
+    )
+    ours = forward(patched, x, t, context)
+    on, guide = adapters_on(adapted), wan.model.latent_format.process_in(proxy)
+    with torch.no_grad():
+        expected = dense_forward(
+            adapted.base_model.model, x, t, context, WINDOW, guide, torch.zeros(1), 4,
+            adapted=on if guide_too else nullcontext, target_adapted=on,
+        )  # fmt: skip
+    assert relative_error(ours, expected) < 1e-4
+    assert relative_error(streamed(wan, lora, case()), expected) > 1e-2
 
 
 @pytest.mark.parametrize(

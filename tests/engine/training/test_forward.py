@@ -110,8 +110,10 @@ CASES = [
 @pytest.mark.parametrize(
     ("latent", "proxy_latent", "stride", "window", "batch", "chunk", "weight"), CASES
 )
-@pytest.mark.parametrize("guide_noise", ["clean", "matched"])
-def test_guide_gradients_equal_the_dense_reference(
+@pytest.mark.parametrize(
+    ("guide_noise", "stage"), [("clean", "guide"), ("matched", "guide"), ("clean", "target")]
+)
+def test_detail_gradients_equal_the_dense_reference(
     wan,
     adapters,
     reference,
@@ -123,6 +125,7 @@ def test_guide_gradients_equal_the_dense_reference(
     chunk,
     weight,
     guide_noise,
+    stage,
     spans,
 ):
     x, context = rand(batch, 16, *latent, seed=1), rand(batch, 16, 4096, seed=2)
@@ -133,9 +136,9 @@ def test_guide_gradients_equal_the_dense_reference(
     settings = DetailSettings(layout, guide_noise, proxy, guide_weight=weight)
     with management.training():
         chunk = ChunkSize(chunk)
-        ours = guide_forward(
-            Nets(frozen_view(wan), adapters.view), wan_family, settings, (x, t, context), chunk
-        )
+        views = frozen_view(wan), adapters.view
+        nets = Nets(*(views if stage == "guide" else reversed(views)))
+        ours = guide_forward(nets, wan_family, settings, (x, t, context), chunk)
         assert (len(spans) > batch * len(wan.blocks)) == (chunk.tokens < plan.tokens.count)
         mine = gradients(adapters, F.mse_loss(ours, target))
 
@@ -161,8 +164,8 @@ def test_guide_gradients_equal_the_dense_reference(
         guide,
         guide_t,
         stride,
-        adapted=adapted,
         guide_weight=weight,
+        **{"adapted" if stage == "guide" else "target_adapted": adapted},
     )
     reference.base_model.enable_adapter_layers()
     assert relative_error(ours, dense) < 1e-5

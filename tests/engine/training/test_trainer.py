@@ -15,8 +15,9 @@ from atlasvid.engine.comfyui import management, media, models
 from atlasvid.engine.families import tiny
 from atlasvid.engine.geometry.grid import Grid
 from atlasvid.engine.lora.guide import load_guide_lora
-from atlasvid.engine.lora.recipe import BaseShape, Recipe, pack_version
+from atlasvid.engine.lora.recipe import STAGES, BaseShape, Recipe, pack_version
 from atlasvid.engine.proxy.frequencies import apply_rope_method
+from atlasvid.engine.training import trainer as engine_trainer
 from atlasvid.engine.training.cache import LatentCache
 from atlasvid.engine.training.clips import clips_in_folder
 from atlasvid.engine.training.job import Job
@@ -27,7 +28,7 @@ from clips import render
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from wan import forward, plan_of, relative_error, small_wan
+from wan import forward, plan_of, rand, relative_error, small_wan
 
 PLAN = plan_of((5, 8, 8), (2, 4, 4))
 WINDOW = Grid(4, 16, 16)
@@ -62,7 +63,7 @@ def data(folder, vae, text_encoder):
         stage: LatentCache(folder / "cache", PLAN, stage, vae, text_encoder).build(
             clips_in_folder(folder), 1
         )
-        for stage in ("proxy", "guide")
+        for stage in STAGES
     }
 
 
@@ -83,7 +84,7 @@ def trainer(tmp_path, chosen, model=None, plan=PLAN):
 def trained(data, tmp_path_factory):
     """A short run of each stage, its adapters far enough from 0 to matter."""
     runs = {}
-    for stage in ("proxy", "guide"):
+    for stage in STAGES:
         run = trainer(
             tmp_path_factory.mktemp(stage), settings(stage, 3, learning_rate=0.05, guide_weight=6.0)
         )
@@ -96,10 +97,10 @@ def predicted(run, sample, x, text):
         return run.predict(x, 0.6, text, sample)
 
 
-@pytest.mark.parametrize("stage", ["proxy", "guide"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_the_lora_says_what_it_is_for(trained, stage):
     _, result = trained[stage]
-    guide = stage == "guide"
+    guide = stage != "proxy"
     expected = Recipe(
         stage,
         temporal_stride=4,
@@ -111,6 +112,7 @@ def test_the_lora_says_what_it_is_for(trained, stage):
         steps=3,
         version=pack_version(),
         guide_weight=6.0 if guide else None,
+        ratio=PLAN.ratio if guide else None,
     )
     with safe_open(result.path, "pt") as file:
         assert Recipe.from_metadata(file.metadata()) == expected
@@ -144,28 +146,80 @@ def test_the_stock_loader_takes_every_key_of_a_proxy_lora(trained, data, caplog)
     assert relative_error(plain, ours) > 1e-2
 
 
-def test_inference_with_a_guide_lora_is_what_was_trained(trained, data):
-    run, result = trained["guide"]
-    sample = data["guide"].sample(0)
+@pytest.mark.parametrize(("stage", "other"), [("guide", "target"), ("target", "guide")])
+def test_inference_with_a_lora_of_one_stream_is_what_was_trained(trained, data, stage, other):
+    run, result = trained[stage]
+    sample = data[stage].sample(0)
     lora = load_guide_lora(result.path, 1.0)
     model = small_wan()
     x = models.process_latent_in(model, sample.target)
     ours = predicted(run, sample, x, sample.text)
     errors = []
-    for guide_lora, weight in ((lora, "auto"), (None, 6.0), (lora, 1.0)):
+    for used, weight in ((lora, "auto"), (None, 6.0), (lora, 1.0)):
         patched = apply_detail_branch(
             model,
             PLAN,
             sample.guide,
             WINDOW,
             "clean",
-            guide_lora=guide_lora,
+            **{f"{stage}_lora": used},
             guide_weight=weight,
         )
         out = forward(patched, x, torch.tensor([600.0]), sample.text)
         errors.append(relative_error(out, ours))
     assert errors[0] < 1e-5
     assert min(errors[1:]) > 1e-2
+    with pytest.raises(ValueError, match=f"Connect it to {stage}_lora, not to {other}_lora"):
+        apply_detail_branch(model, PLAN, sample.guide, WINDOW, "clean", **{f"{other}_lora": lora})
+
+
+@pytest.mark.parametrize("stage", ["guide", "target"])
+def test_a_run_may_start_from_a_lora_of_another_size(trained, data, stage, tmp_path):
+    """Its first predictions are the old run's last, though alpha differs; then it learns on."""
+    old, result = trained[stage]
+    run = trainer(tmp_path, settings(stage, 1, init=str(result.path), alpha=2.0, guide_weight=6.0))
+    sample = data[stage].sample(0)
+    x = models.process_latent_in(small_wan(), sample.target)
+    before, start = (predicted(each, sample, x, sample.text) for each in (old, run))
+    assert relative_error(start, before) < 1e-5
+    run.run(data[stage])
+    assert any((run.adapters.tensors()[k] != v).any() for k, v in old.adapters.tensors().items())
+
+
+def test_what_a_run_cannot_start_from_is_named(trained, tmp_path):
+    init = str(trained["guide"][1].path)
+    with pytest.raises(ValueError, match=r"for stage guide, and this is stage target"):
+        trainer(tmp_path, settings("target", 1, init=init))
+    with pytest.raises(ValueError, match=r"has rank 4, and rank is 8. Set rank to 4"):
+        trainer(tmp_path, settings("guide", 1, init=init, rank=8))
+
+
+@pytest.mark.parametrize("stage", ["guide", "target"])
+def test_inputs_of_blocks_may_lie_in_host_memory(data, stage, tmp_path, monkeypatch):
+    """The same gradients; what is kept between forward and backward passes through there."""
+    kept = []
+
+    class OnHost(torch.autograd.graph.saved_tensors_hooks):
+        def __init__(self, pin_memory):
+            super().__init__(lambda x: kept.append(x.numel()) or x.clone(), lambda x: x)
+
+    monkeypatch.setattr(engine_trainer, "save_on_cpu", OnHost)
+    found = []
+    for on_host in (False, True):
+        run = trainer(tmp_path, settings(stage, 1))
+        run.dataset, run.inputs_on_host = data[stage], on_host
+        with torch.no_grad():
+            for i, weight in enumerate(run.adapters.parameters()):
+                weight.add_(0.05 * rand(*weight.shape, seed=i))
+        with management.training():
+            run.gradients()
+        found.append([weight.grad for weight in run.adapters.parameters()])
+        assert bool(kept) == on_host
+    largest = PLAN.tokens.count * 256
+    assert sum(kept) > 3 * largest  # the input of every block, in the order of its windows
+    for without, on_host in zip(*found, strict=True):
+        assert (without is None) == (on_host is None)
+        assert without is None or torch.equal(without, on_host)
 
 
 def test_the_stock_loader_takes_no_key_of_a_guide_lora(trained):
