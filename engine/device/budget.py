@@ -1,4 +1,4 @@
-"""A memory budget as the artist writes it."""
+"""A memory budget as the artist writes it, and bytes as the artist reads them."""
 
 from __future__ import annotations
 
@@ -23,3 +23,8 @@ def parse_budget(budget: str) -> int | None:
     if unit != "GB" or not size > 0:
         raise ValueError(f'memory_budget is {budget!r}; write "auto" or a size such as "4 GB".')
     return int(size * GIB)
+
+
+def size(count: float) -> str:
+    """Bytes in words: 12.3 GiB, 340 MiB."""
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"

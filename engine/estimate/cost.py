@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from ..branch.memory import CHUNK, Workload, wanted_bytes
+from ..device.budget import size
 from ..families.wan import TEXT_WIDTH
 from ..geometry.grid import Grid
 from ..geometry.layout import Layout
@@ -346,11 +347,3 @@ def _smaller(plan: Plan, share: float) -> str:
     length = plan.frames / plan.fps * share
     width, height = (int(side * share**0.5) // 16 * 16 for side in (plan.width, plan.height))
     return f"Use at most about {length:.1f} seconds at this size, or {width} x {height}."
-
-
-# --- Words -----------------------------------------------------------------------------------
-
-
-def size(count: float) -> str:
-    """Bytes in words: 12.3 GiB, 340 MiB."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

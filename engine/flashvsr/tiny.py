@@ -61,5 +61,3 @@ def _bundle(
         models.patcher(load_tc_decoder(decoder, torch.float32)),
         VERSION,
     )
-
-
