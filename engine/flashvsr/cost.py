@@ -86,6 +86,17 @@ def decoder_flops(widths: Widths, grid: BlockGrid, latent_frames: int) -> float:
     return 2 * total * latent_frames
 
 
+def decoder_bytes(widths: Widths, grid: BlockGrid, itemsize: int) -> int:
+    """What the Tiny Conditional decoder holds at its peak, beside its weights and a stripe.
+
+    Each of three blocks of every level remembers a frame. The last level's blocks are the largest:
+    two frames in, two out, and one that is remembered anew.
+    """
+    positions = grid.count * (2 * SIDE) ** 2 * itemsize
+    frames = [width * positions * 4**level for level, width in enumerate(widths.levels)]
+    return 3 * sum(frames) + 5 * frames[-1]
+
+
 @dataclass(frozen=True)
 class Need:
     """What an up-scaling takes, in bytes; `work` in FLOPs."""
@@ -96,6 +107,8 @@ class Need:
     tokens: int
     work: Work
     device: int
+    decoder: int
+    """Of the device too, afterwards."""
     host: int
     disk: int
     order: str
@@ -103,10 +116,11 @@ class Need:
     def lines(self, host_only: bool) -> str:
         """For the artist: two lines."""
         height, width = self.size
+        card = max(self.device, self.decoder)
         memory = (
-            f"{size(self.device + self.host)} of memory"
+            f"{size(max(self.device + self.host, self.decoder))} of memory"
             if host_only
-            else f"{size(self.device)} of card memory, {size(self.host)} of host memory"
+            else f"{size(card)} of card memory, {size(self.host)} of host memory"
         )
         return (
             f"{width} x {height} x {self.frames}, {self.tokens:,} tokens, "

@@ -152,7 +152,7 @@ def need_of(flashvsr: FlashVSR, job: Job, sizes: Sizes, places: Places) -> cost.
     grid, schedule = job.grid, job.schedule
     shape = wan.shape(flashvsr.model.model.diffusion_model)
     tokens = cost.token_count(schedule, grid)
-    decoder = flashvsr.tc_decoder
+    decoder = flashvsr.tc_decoder and flashvsr.tc_decoder.model
     latents = schedule.latent_frames
     return cost.Need(
         frames=job.footage.frames,
@@ -162,9 +162,10 @@ def need_of(flashvsr: FlashVSR, job: Job, sizes: Sizes, places: Places) -> cost.
             cost.transformer_flops(shape, tokens, flashvsr.prompt.shape[1]),
             cost.attention_flops(shape, grid, schedule, job.sparsity),
             cost.projection_flops(flashvsr.projection.model.widths, grid, latents),
-            cost.decoder_flops(decoder.model.widths, grid, latents) if decoder else 0.0,
+            cost.decoder_flops(decoder.widths, grid, latents) if decoder else 0.0,
         ),
         device=sizes.on_device(places),
+        decoder=cost.decoder_bytes(decoder.widths, grid, decoder.dtype.itemsize) if decoder else 0,
         host=sizes.on_host(places, schedule.count),
         disk=job.disk,
         order=places.order,
