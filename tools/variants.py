@@ -211,7 +211,7 @@ LORA_LOADER = {
 TINY_MODELS = {
     "type": "AtlasVidTinyModels",
     "pos": [40, 120],
-    "size": [320, 194],
+    "size": [320, 214],
     "flags": {},
     "order": 0,
     "mode": 0,
@@ -222,6 +222,7 @@ TINY_MODELS = {
         {"name": "vae", "type": "VAE"},
         {"name": "guide_lora", "type": "ATLASVID_GUIDE_LORA"},
         {"name": "proxy_model", "type": "MODEL"},
+        {"name": "flashvsr", "type": "ATLASVID_FLASHVSR"},
     ],
     "properties": {"Node name for S&R": "AtlasVidTinyModels"},
     "widgets_values": [],
@@ -240,8 +241,8 @@ def with_lora(graph: Graph) -> None:
 
 def with_tiny_models(graph: Graph) -> None:
     tiny = graph.add(TINY_MODELS, behind="VAELoader")
-    for name, output in TINY_OUTPUTS.items():
-        loader = graph.node(name)
+    for name in ("UNETLoader", "CLIPLoader", "VAELoader"):
+        loader, output = graph.node(name), TINY_OUTPUTS[name]
         graph.take_over(loader, tiny, output)
         graph.nodes.remove(loader)
     graph.connect(tiny, 3, graph.node("AtlasVidHierarchicalAttention"), "guide_lora")
