@@ -26,7 +26,7 @@ from typing import Any
 import browser
 import comfy_server
 from environment import COMFYUI, ROOT, prepare
-from twins import PROMPT, TINY, tiny_twin
+from twins import PROMPT, TINY, pass_by, tiny_twin
 from workflow import to_prompt
 
 IMAGES = ROOT / "web" / "docs" / "images"
@@ -166,6 +166,9 @@ def twin_frame(
     twin = tiny_twin(to_prompt(workflow, session.object_info()), width=576, steps=12)
     if any(node["class_type"] == "UNETLoader" for node in twin.values()):
         return None
+    pass_by(twin, ("FrameInterpolate",), "images")  # of which there is no tiny model
+    for name in [n for n, each in twin.items() if each["class_type"].startswith("FrameInterp")]:
+        del twin[name]
     for node in twin.values():
         inputs = node["inputs"]
         if inputs.get("text") == PROMPT:

@@ -24,8 +24,9 @@ IMAGE_TO_VIDEO = "AtlasVidImageToVideo"
 def tiny_twin(prompt: Prompt, seconds: float = 1.0, width: int = 384, steps: int = STEPS) -> Prompt:
     """The twin of a prompt in API format.
 
-    Nodes of frame interpolation keep their file. Image-to-video graphs keep their UNETLoader (the tiny family has no such model, so a file of
-    the graph's name has to be there) and lose the image encoder.
+    Frame interpolation keeps its loader, whose file has to be there. Image-to-video graphs keep
+    their UNETLoader (the tiny family has no such model, so a file of the graph's name has to be
+    there) and lose the image encoder.
 
     Args:
         seconds: of the target, at most; the graph's own where shorter.
