@@ -232,11 +232,15 @@ def draw_video(file: Path, prompt: str) -> None:
 
 def framed(workflow: dict[str, Any], frame: bytes) -> str:
     """A page with a frame, the workflow's title, and what the frame is."""
+    from PIL import Image
+
     data = base64.b64encode(frame).decode()
+    width, height = Image.open(io.BytesIO(frame)).size
+    fit = "contain" if width > 2.5 * height else "cover"  # both of two videos side by side
     return (
         "<body style='margin:0;background:#1b1720;color:#fff;font-family:sans-serif'>"
         f"<img src='data:image/png;base64,{data}' "
-        "style='width:800px;height:450px;object-fit:cover'>"
+        f"style='width:800px;height:450px;object-fit:{fit}'>"
         "<div style='position:absolute;left:0;right:0;bottom:0;padding:10px 20px;"
         "background:linear-gradient(transparent,#000c)'>"
         f"<div style='font-size:30px;font-weight:700'>{html.escape(title_of(workflow))}</div>"
