@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..engine.flashvsr.colour import METHODS
-from ..engine.flashvsr.files import NONE, file_names, load_flashvsr, model_names
+from ..engine.flashvsr.files import choices, load_flashvsr
 from ..engine.flashvsr.projection import VERSIONS
 from ..engine.flashvsr.selection import Sparsity
 from ..engine.flashvsr.tc_decoder import decode_to_video
@@ -26,7 +26,6 @@ class AtlasVidFlashVSRLoader(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        files = file_names()
         return io.Schema(
             node_id="AtlasVidFlashVSRLoader",
             display_name="AtlasVid FlashVSR Loader",
@@ -37,24 +36,24 @@ class AtlasVidFlashVSRLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "transformer",
-                    options=model_names(),
+                    options=choices("transformer"),
                     tooltip="diffusion_pytorch_model_streaming_dmd.safetensors, from "
                     "models/FlashVSR or models/diffusion_models.",
                 ),
                 io.Combo.Input(
                     "projection",
-                    options=files,
+                    options=choices("projection"),
                     tooltip="LQ_proj_in.ckpt, or a safetensors copy of it.",
                 ),
                 io.Combo.Input(
                     "prompt",
-                    options=files,
+                    options=choices("prompt"),
                     tooltip="posi_prompt.pth: the one text that the model was trained with. It "
                     "lies beside FlashVSR's code, not beside its weights.",
                 ),
                 io.Combo.Input(
                     "tc_decoder",
-                    options=[NONE, *files],
+                    options=choices("tc_decoder"),
                     tooltip="TCDecoder.ckpt. none: decode with the Wan VAE instead.",
                 ),
                 io.Combo.Input(

@@ -256,7 +256,7 @@ def transformer_case(case: dict[str, Any]) -> dict[str, Any]:
         )
 
     def latents() -> None:
-        for _ in upscale.denoised(flashvsr, job):
+        for _ in upscale.denoised(flashvsr, job, upscale.Progress(flashvsr, job.schedule)):
             pass
 
     result = timed(latents)

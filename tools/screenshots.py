@@ -27,7 +27,7 @@ from typing import Any
 import browser
 import comfy_server
 from environment import COMFYUI, ROOT, prepare
-from twins import PROMPT, TINY, TRAINING, tiny_twin
+from twins import PROMPT, TINY, TRAINING, pass_by, tiny_twin
 from workflow import to_prompt
 
 IMAGES = ROOT / "web" / "docs" / "images"
@@ -173,6 +173,9 @@ def twin_frame(
     twin = tiny_twin(given, width=576, steps=12)
     if any(node["class_type"] == "UNETLoader" for node in twin.values()):
         return None
+    pass_by(twin, ("FrameInterpolate",), "images")  # of which there is no tiny model
+    for name in [n for n, each in twin.items() if each["class_type"].startswith("FrameInterp")]:
+        del twin[name]
     for node in twin.values():
         inputs = node["inputs"]
         if inputs.get("text") == PROMPT:
@@ -263,11 +266,15 @@ def draw_video(file: Path, prompt: str, width: int = 192, height: int = 128) -> 
 
 def framed(workflow: dict[str, Any], frame: bytes) -> str:
     """A page with a frame, the workflow's title, and what the frame is."""
+    from PIL import Image
+
     data = base64.b64encode(frame).decode()
+    width, height = Image.open(io.BytesIO(frame)).size
+    fit = "contain" if width > 2.5 * height else "cover"  # both of two videos side by side
     return (
         "<body style='margin:0;background:#1b1720;color:#fff;font-family:sans-serif'>"
         f"<img src='data:image/png;base64,{data}' "
-        "style='width:800px;height:450px;object-fit:cover'>"
+        f"style='width:800px;height:450px;object-fit:{fit}'>"
         "<div style='position:absolute;left:0;right:0;bottom:0;padding:10px 20px;"
         "background:linear-gradient(transparent,#000c)'>"
         f"<div style='font-size:30px;font-weight:700'>{html.escape(title_of(workflow))}</div>"

@@ -15,7 +15,13 @@ Prompt = dict[str, dict[str, Any]]
 TINY = "tiny"
 PROMPT = "wide view of a red balloon drifting left over hills at noon"
 STEPS = 4
-TINY_OUTPUTS = {"UNETLoader": 0, "CLIPLoader": 1, "VAELoader": 2, "AtlasVidGuideLoRA": 3}
+TINY_OUTPUTS = {
+    "UNETLoader": 0,
+    "CLIPLoader": 1,
+    "VAELoader": 2,
+    "AtlasVidGuideLoRA": 3,
+    "AtlasVidFlashVSRLoader": 5,
+}
 LEFT_OUT = ("LoraLoaderModelOnly", "ModelSamplingSD3")
 """Nodes that only pass a model on, and have no tiny counterpart."""
 IMAGE_TO_VIDEO = "AtlasVidImageToVideo"
@@ -25,8 +31,9 @@ TRAINING = "AtlasVidTrainLoRA"
 def tiny_twin(prompt: Prompt, seconds: float = 1.0, width: int = 384, steps: int = STEPS) -> Prompt:
     """The twin of a prompt in API format.
 
-    Image-to-video graphs keep their UNETLoader (the tiny family has no such model, so a file of
-    the graph's name has to be there) and lose the image encoder.
+    Frame interpolation keeps its loader, whose file has to be there. Image-to-video graphs keep
+    their UNETLoader (the tiny family has no such model, so a file of the graph's name has to be
+    there) and lose the image encoder.
 
     Args:
         seconds: of the target, at most; the graph's own where shorter.
@@ -36,7 +43,7 @@ def tiny_twin(prompt: Prompt, seconds: float = 1.0, width: int = 384, steps: int
     twin = copy.deepcopy(prompt)
     kinds = {node["class_type"] for node in twin.values()}
     tiny_model = IMAGE_TO_VIDEO not in kinds
-    _pass_by(twin, LEFT_OUT)
+    pass_by(twin, LEFT_OUT, "model")
     moved = {
         name: [TINY, TINY_OUTPUTS[node["class_type"]]]
         for name, node in twin.items()
@@ -71,10 +78,10 @@ def _named(prompt: Prompt, kind: str) -> list[str]:
     return [name for name, node in prompt.items() if node["class_type"] == kind]
 
 
-def _pass_by(prompt: Prompt, kinds: tuple[str, ...]) -> None:
-    """Take nodes out that have one model in and one out."""
+def pass_by(prompt: Prompt, kinds: tuple[str, ...], passed: str) -> None:
+    """Take nodes out that have one input `passed`, and one output of the same type."""
     for name in [name for name, node in prompt.items() if node["class_type"] in kinds]:
-        source = prompt.pop(name)["inputs"]["model"]
+        source = prompt.pop(name)["inputs"][passed]
         for node in prompt.values():
             for key, value in node["inputs"].items():
                 if _is_link(value) and value[0] == name:
@@ -117,8 +124,15 @@ def _train_less(inputs: dict[str, Any], seconds: float, width: int, steps: int) 
     inputs |= {"steps": min(inputs["steps"], steps), "rank": 4, "cuts_per_clip": 1}
 
 
+def _up_scale_less(inputs: dict[str, Any], seconds: float, width: int, steps: int) -> None:
+    inputs["local_range"] = 3  # what the tiny model was trained with
+    if not _is_link(inputs.get("width")):
+        inputs["width"] = width
+
+
 SMALLER: dict[str, Callable[[dict[str, Any], float, int, int], None]] = {
     "AtlasVidPlan": _shrink_plan,
+    "AtlasVidFlashVSR": _up_scale_less,
     "KSampler": _fewer_steps,
     "KSamplerAdvanced": _fewer_steps_in_parts,
     "LatentCut": _cut_earlier,

@@ -243,7 +243,7 @@ CUT = {
 TINY_MODELS = {
     "type": "AtlasVidTinyModels",
     "pos": [40, 120],
-    "size": [320, 194],
+    "size": [320, 214],
     "flags": {},
     "order": 0,
     "mode": 0,
@@ -254,6 +254,7 @@ TINY_MODELS = {
         {"name": "vae", "type": "VAE"},
         {"name": "guide_lora", "type": "ATLASVID_GUIDE_LORA"},
         {"name": "proxy_model", "type": "MODEL"},
+        {"name": "flashvsr", "type": "ATLASVID_FLASHVSR"},
     ],
     "properties": {"Node name for S&R": "AtlasVidTinyModels"},
     "widgets_values": [],

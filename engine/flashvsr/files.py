@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..comfyui import management, models, server
 from ..families.wan import TEXT_WIDTH
 from .bundle import FlashVSR
 from .projection import PATCH, VERSIONS, LowQualityProjection
-from .tc_decoder import load_tc_decoder
+from .tc_decoder import TCDecoder, load_tc_decoder
 
 HEAD = 128
 """Width of a head, over which positions are split 44 / 42 / 42."""
@@ -25,16 +26,86 @@ PREFIX = "LQ_proj_in."
 PICKLES = (".ckpt", ".pth", ".pt", ".bin")
 SUFFIXES = (".safetensors", *PICKLES)
 NONE = "none"
+HUB = "huggingface.co/JunhaoZhuang/FlashVSR-v1.1 (v1: huggingface.co/JunhaoZhuang/FlashVSR)"
 
 
-def file_names() -> list[str]:
-    """The files in ComfyUI's FlashVSR folders."""
-    return [name for name in server.flashvsr_names() if Path(name).suffix in SUFFIXES]
+@dataclass(frozen=True)
+class Role:
+    """What a file is for.
+
+    Args:
+        file: its published name.
+        words: one of which names of such files hold.
+        where: it is published.
+    """
+
+    file: str
+    words: tuple[str, ...]
+    where: str = HUB
+
+    @property
+    def missing(self) -> str:
+        """Stands among the choices where no such file is there; ComfyUI's errors list those."""
+        return f"missing: put {self.file} into models/{server.FLASHVSR}"
 
 
-def model_names() -> list[str]:
-    """Files that may hold the transformer: those folders and those of diffusion models."""
-    return sorted({*file_names(), *server.diffusion_model_names()})
+ROLES = {
+    "transformer": Role(
+        "diffusion_pytorch_model_streaming_dmd.safetensors", ("streaming_dmd", "flashvsr")
+    ),
+    "projection": Role("LQ_proj_in.ckpt", ("lq_proj",)),
+    "prompt": Role(
+        "posi_prompt.pth",
+        ("prompt",),
+        "github.com/OpenImagingLab/FlashVSR, in examples/WanVSR/prompt_tensor",
+    ),
+    "tc_decoder": Role("TCDecoder.ckpt", ("tcdecoder", "tc_decoder")),
+}
+"""By the loader's inputs."""
+PUBLISHED_BYTES = {575_695_268: "v1", 575_694_948: "v1.1"}
+"""Of LQ_proj_in.ckpt: nothing else tells the versions apart."""
+
+
+def choices(role: str) -> list[str]:
+    """The files that may be chosen for a role, the likely ones first; or that it is missing."""
+    names = [name for name in server.flashvsr_names() if Path(name).suffix in SUFFIXES]
+    if role == "transformer":
+        names = sorted({*names, *server.diffusion_model_names()})
+    likely = [name for name in names if _is_likely(name, role)]
+    rest = [name for name in names if name not in likely]
+    if role == "tc_decoder":
+        return [*likely, NONE, *rest]
+    return [*(likely or [ROLES[role].missing]), *rest]
+
+
+def _is_likely(name: str, role: str) -> bool:
+    """By the name of the file; other roles' words rule it out."""
+    said = {r for r in ROLES if any(word in Path(name).name.lower() for word in ROLES[r].words)}
+    return role in said and said <= {role, "transformer"}
+
+
+def paths_of(names: Mapping[str, str]) -> dict[str, Path]:
+    """The chosen files by role; without a decoder where none is chosen.
+
+    Raises:
+        ValueError: some are not there; says where each belongs and where it is published.
+    """
+    chosen = {r: name for r, name in names.items() if (r, name) != ("tc_decoder", NONE)}
+    found = {role: server.flashvsr_file(name) for role, name in chosen.items()}
+    lacking = [_advice(chosen[role], role) for role, path in found.items() if path is None]
+    if lacking:
+        raise ValueError("\n".join(lacking))
+    return {role: path for role, path in found.items() if path}
+
+
+def _advice(name: str, role: str) -> str:
+    wanted = ROLES[role]
+    folders = " or ".join(server.flashvsr_folders())
+    what = wanted.file if name == wanted.missing else repr(name)
+    return (
+        f"{role}: there is no file {what}. Put it into {folders}. FlashVSR's own is {wanted.file}, "
+        f"at {wanted.where}."
+    )
 
 
 def load_flashvsr(
@@ -47,18 +118,15 @@ def load_flashvsr(
     """
     if version not in VERSIONS:
         raise ValueError(f"version is {version!r}; allowed are {' and '.join(VERSIONS)}.")
-    device = management.compute_device()
-    shown = read_prompt(_path(prompt, "prompt"))
-    lq = read_projection(_path(projection, "projection"))
-    decoder = None
-    if tc_decoder != NONE:
-        path = _path(tc_decoder, "tc_decoder")
-        state = read_tensors(path)
-        with _naming(path):
-            decoder = load_tc_decoder(state, management.compute_dtype(device))
-    path = _path(transformer, "transformer")
-    model = read_transformer(path)
-    with _naming(path):
+    names = {"transformer": transformer, "projection": projection, "prompt": prompt}
+    paths = paths_of(names | {"tc_decoder": tc_decoder})
+    shown = read_prompt(paths["prompt"])
+    with _naming(paths["projection"]):
+        require_version(paths["projection"], version)
+    lq = read_projection(paths["projection"])
+    decoder = read_decoder(paths["tc_decoder"]) if "tc_decoder" in paths else None
+    model = read_transformer(paths["transformer"])
+    with _naming(paths["transformer"]):
         require_together(model, lq, shown)
     return FlashVSR(
         model,
@@ -121,6 +189,17 @@ def require_together(model: Any, projection: LowQualityProjection, prompt: Tenso
             f"The prompt has {prompt.shape[-1]} numbers per token, the transformer takes {text}. "
             "Choose posi_prompt.pth of FlashVSR."
         )
+
+
+def read_decoder(path: Path) -> TCDecoder:
+    """The Tiny Conditional decoder of a file, in the dtype to compute in.
+
+    Raises:
+        ValueError: weights are missing or have other shapes; names them.
+    """
+    state = read_tensors(path)
+    with _naming(path):
+        return load_tc_decoder(state, management.compute_dtype(management.compute_device()))
 
 
 def read_projection(path: Path) -> LowQualityProjection:
@@ -217,12 +296,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return {name: value for name, value in content.items() if isinstance(value, Tensor)}
 
 
-def _path(name: str, role: str) -> Path:
-    found = server.flashvsr_file(name)
-    if found is None:
-        folders = ", ".join(server.flashvsr_folders())
-        raise ValueError(f"{role}: there is no file {name!r}. Put it into {folders}.")
-    return found
+def require_version(path: Path, version: str) -> None:
+    """Raises ValueError where a published projection is of another version."""
+    own = PUBLISHED_BYTES.get(path.stat().st_size, version)
+    if own != version:
+        raise ValueError(
+            f"This is the LQ projection of FlashVSR {own}, and version is {version}: the video "
+            "would show ghosts. Choose all files of one version, and that version."
+        )
 
 
 @contextmanager

@@ -92,20 +92,50 @@ class Sizes:
         """What an up-scaling works with at full speed, block by block."""
         return self.one_cache + self.chunk + self.head + tokens * self.per_token
 
+    def piece(self, chunks: int) -> int:
+        """Tokens of the first chunks of a clip."""
+        return (FIRST_SLOTS - 1 + chunks) * self.slot
 
-def choose_places(sizes: Sizes, free: int, host_free: int, most_tokens: int) -> Places:
+    def on_device(self, places: Places) -> int:
+        """Bytes of the device that an up-scaling takes beside the weights."""
+        working = self.head + places.tokens * self.per_token
+        if places.keys_stay:
+            return working + self.all_caches + self.chunk
+        if places.keys_on_device:
+            return working + self.one_cache + FIRST_SLOTS * self.slot
+        return working
+
+    def on_host(self, places: Places, chunks: int) -> int:
+        """Bytes of host memory that it takes for a clip of so many chunks."""
+        if places.tokens_on_device:
+            return 0
+        kept = 0 if places.chunks >= chunks else self.all_caches - self.one_cache
+        moved = 0 if places.keys_on_device else self.one_cache + FIRST_SLOTS * self.slot
+        return self.piece(min(places.chunks, chunks)) + kept + moved
+
+
+def choose_places(
+    sizes: Sizes, free: int, host_free: int, most_tokens: int, clip: int = 2**31
+) -> Places:
     """What fits into `free` bytes of the device and `host_free` of the host.
 
     All caches on the device: chunk by chunk. Else one block's cache there, and as many chunks in
-    a piece as the host keeps; else queries and keys move head by head.
+    a piece as the host keeps; else queries and keys move head by head. A clip whose tokens the
+    host keeps is one piece: no block's keys are wanted again.
+
+    Args:
+        clip: chunks of the clip.
     """
     left = free - sizes.head
     tokens = max(MIN_CHUNK, min(most_tokens, left // 2 // sizes.per_token))
     left -= tokens * sizes.per_token
     if left >= sizes.all_caches + sizes.chunk:
         return Places(1, True, True, True, True, tokens)
-    # Caches of all blocks and the tokens of the piece; the rest is for the host's other work.
-    spare = host_free // 2 - sizes.all_caches
-    chunks = max(1, min(MOST_CHUNKS, spare // (2 * sizes.slot)))
     one = left >= sizes.one_cache + FIRST_SLOTS * sizes.slot
+    whole = Places(clip, False, one, one, False, tokens)
+    room = host_free // 2  # the rest is for the host's other work
+    if sizes.on_host(whole, clip) <= room:
+        return whole
+    # Caches of all blocks and the tokens of the piece.
+    chunks = max(1, min(MOST_CHUNKS, (room - sizes.all_caches) // (2 * sizes.slot)))
     return Places(int(chunks), False, one, one, False, tokens)

@@ -44,6 +44,7 @@ class LowQualityProjection(nn.Module):
 
     def __init__(self, widths: tuple[int, int, int]) -> None:
         super().__init__()
+        self.widths = widths
         ops = models.layers()
         first, second, tokens = widths
         kernel = {"kernel_size": (4, 3, 3), "stride": (2, 1, 1)}

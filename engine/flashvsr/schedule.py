@@ -53,6 +53,11 @@ class Schedule:
     def latent_frames(self) -> int:
         return (self.read - 1) // 4
 
+    @property
+    def count(self) -> int:
+        """Chunks."""
+        return (self.latent_frames - FIRST_CHUNK) // SLOT + 1
+
     def chunks(self) -> Iterator[Chunk]:
         """All chunks in order."""
         yield Chunk(0, FIRST_CHUNK)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -112,7 +113,7 @@ class OneStep:
             conditioning: the low-quality frames' tokens of a latent frame [h / 2, w / 2, C]; asked
                 for every frame once, in order.
         """
-        for piece in _pieces(chunks, self.places.chunks):
+        for piece, last in _pieces(chunks, self.places.chunks):
             slots = [
                 [self._embedded(first, noise, conditioning) for first in range(*span, SLOT)]
                 for span in ((chunk.first, chunk.stop) for chunk in piece)
@@ -121,7 +122,7 @@ class OneStep:
                 for chunk_slots in slots:
                     self.at_block()
                     self._evaluate(index, block, chunk_slots)
-                self._put_away(index)
+                self._put_away(index, last)
             for slot in (slot for chunk_slots in slots for slot in chunk_slots):
                 yield slot.first, self._denoised(slot)
 
@@ -237,9 +238,14 @@ class OneStep:
 
     # --- Where things are ---------------------------------------------------------------------
 
-    def _put_away(self, index: int) -> None:
-        """Leave the device to the next block's keys, where they cannot all stay there."""
-        if self.places.keys_on_device and not self.places.keys_stay:
+    def _put_away(self, index: int, last: bool) -> None:
+        """Leave the device to the next block's keys, where they cannot all stay there.
+
+        After the `last` piece nothing is wanted of them.
+        """
+        if last and not self.places.keys_stay:
+            del self.memory.of_blocks[index]
+        elif self.places.keys_on_device and not self.places.keys_stay:
             for slot in self.memory.of(index):
                 slot.keys, slot.values = slot.keys.cpu(), slot.values.cpu()
 
@@ -260,12 +266,11 @@ class OneStep:
         in_chunks(range(TOKENS, (self.grid.count + 1) * TOKENS, TOKENS), self.chunk, compute)
 
 
-def _pieces(chunks: Iterable[Chunk], size: int) -> Iterator[list[Chunk]]:
-    piece: list[Chunk] = []
-    for chunk in chunks:
-        piece.append(chunk)
-        if len(piece) == size:
-            yield piece
-            piece = []
-    if piece:
-        yield piece
+def _pieces(chunks: Iterable[Chunk], size: int) -> Iterator[tuple[list[Chunk], bool]]:
+    """Up to `size` chunks at a time, and whether they are the last."""
+    rest = iter(chunks)
+    piece = list(islice(rest, size))
+    while piece:
+        following = list(islice(rest, size))
+        yield piece, not following
+        piece = following

@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ..comfyui import media, server
 from ..device.budget import AUTO
 from ..vae.decode import TiledDecoder
+from ..vae.scratch import require_space
 from ..vae.sources import frame_source, sound_and_rate
 from ..vae.video import StreamedVideo
 from .bundle import FlashVSR
@@ -19,6 +21,7 @@ from .tc_decoder import WAN_RATE, conditioned_clip
 from .upscale import Job, upscaled_latent
 
 DECODERS = ("tiny conditional", "Wan VAE")
+MOST_PIXELS = 16_384
 
 
 def upscaled_video(
@@ -47,11 +50,15 @@ def upscaled_video(
 
     Raises:
         ValueError: the decoder that was asked for is not there, or a size is impossible.
+        OSError: the temporary folder's disk is too full for latent and frames.
     """
     require_decoder(flashvsr, decoder, vae)
+    media.require_bit_depth(bit_depth)
     footage = Footage.of(frame_source(pixels))
     upscale = Upscale.to(footage.size, target_size(footage.size, scale, width, height))
-    latent = upscaled_latent(flashvsr, Job(footage, upscale, sparsity, seed, budget))
+    job = Job(footage, upscale, sparsity, seed, budget, bit_depth)
+    require_space(server.temp_directory(), job.disk, job.purpose)
+    latent = upscaled_latent(flashvsr, job)
     if decoder == DECODERS[0]:
         stream: Any = conditioned_clip(flashvsr, latent, footage, upscale.scaled, colour, budget)
     else:
@@ -63,15 +70,23 @@ def upscaled_video(
 
 
 def target_size(size: tuple[int, int], scale: float, width: int, height: int) -> tuple[int, int]:
-    """Height and width of the result for a picture of `size` (height, width)."""
+    """Height and width of the result for a picture of `size` (height, width).
+
+    Raises:
+        ValueError: a side is longer than 16384 pixels.
+    """
     own_height, own_width = size
-    if width and height:
-        return height, width
-    if width:
-        return max(1, round(own_height * width / own_width)), width
-    if height:
-        return height, max(1, round(own_width * height / own_height))
-    return max(1, round(own_height * scale)), max(1, round(own_width * scale))
+    high, wide = height, width
+    if not height:
+        high = max(1, round(own_height * (width / own_width if width else scale)))
+    if not width:
+        wide = max(1, round(own_width * (height / own_height if height else scale)))
+    if max(high, wide) > MOST_PIXELS:
+        raise ValueError(
+            f"Frames of {own_width} x {own_height} would become {wide} x {high} pixels; at most "
+            f"{MOST_PIXELS} a side are possible. Lower scale, or set width or height."
+        )
+    return high, wide
 
 
 def require_decoder(flashvsr: FlashVSR, decoder: str, vae: Any) -> None:

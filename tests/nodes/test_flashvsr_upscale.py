@@ -1,15 +1,19 @@
 """AtlasVid FlashVSR from files to frames, against the published method computed densely."""
 
+from argparse import Namespace
+
 import comfy.latent_formats
 import flashvsr_reference as reference
 import folder_paths
 import pytest
 import torch
+from atlasvid.engine.comfyui import management, server
 from atlasvid.engine.families.tiny import wan_state
 from atlasvid.engine.flashvsr.blocks import BlockGrid
-from atlasvid.engine.flashvsr.files import projection_shapes
+from atlasvid.engine.flashvsr.files import PUBLISHED_BYTES, ROLES, projection_shapes
 from atlasvid.engine.flashvsr.noise import placed_noise
 from atlasvid.engine.flashvsr.schedule import Schedule
+from atlasvid.engine.vae import scratch
 from atlasvid.nodes.flashvsr import AtlasVidFlashVSR, AtlasVidFlashVSRLoader
 from flashvsr_dit_reference import DenseFlashVSR, tokens_of_frames
 from safetensors.torch import save_file
@@ -196,6 +200,11 @@ def test_what_is_wrong_with_a_file_is_said(folder, parts, capsys):
     save_file(wan_state(0, num_layers=1, in_dim=36, model_type="i2v"), folder / "i2v.safetensors")
     cases = [
         ({"projection": "absent.ckpt"}, "projection: there is no file 'absent.ckpt'. Put it into"),
+        (
+            {"prompt": "a.pth", "tc_decoder": ROLES["tc_decoder"].missing},
+            "prompt: .* at github.com/OpenImagingLab/FlashVSR, in examples/WanVSR/prompt_tensor.\n"
+            "tc_decoder: there is no file TCDecoder.ckpt. Put .*huggingface.co/JunhaoZhuang",
+        ),
         ({"projection": "../../secret.ckpt"}, "there is no file"),
         ({"projection": "short.ckpt"}, "short.ckpt cannot be read"),
         ({"projection": "code.ckpt"}, "holds more than tensors"),
@@ -213,6 +222,99 @@ def test_what_is_wrong_with_a_file_is_said(folder, parts, capsys):
         with pytest.raises(ValueError, match=message):
             load(**changed)
     assert "ran" not in capsys.readouterr().out
+
+
+def test_files_are_offered_for_what_they_are(folder):
+    offered = {i.id: i.options for i in AtlasVidFlashVSRLoader.define_schema().inputs}
+    assert {role: offered[role][0] for role in NAMES} == NAMES
+    assert "none" in offered["tc_decoder"]
+    for file in folder.iterdir():
+        file.unlink()
+    ported = {
+        "transformer": "Wan2_1-T2V-1_3B_FlashVSR_fp32.safetensors",
+        "projection": "Wan2_1_FlashVSR_LQ_proj_model_bf16.safetensors",
+        "prompt": "Prompt.safetensors",
+        "tc_decoder": "Wan2_1_FlashVSR_TCDecoder_fp32.safetensors",
+    }
+    for name in ported.values():
+        (folder / name).touch()
+    folder_paths.filename_list_cache.clear()
+    offered = {i.id: i.options for i in AtlasVidFlashVSRLoader.define_schema().inputs}
+    assert {role: offered[role][0] for role in NAMES} == ported
+
+
+def test_where_there_are_no_files_the_choice_says_so(folder):
+    for file in folder.iterdir():
+        file.unlink()
+    folder_paths.filename_list_cache.clear()
+    offered = {i.id: i.options[0] for i in AtlasVidFlashVSRLoader.define_schema().inputs}
+    assert offered == {
+        "transformer": "missing: put diffusion_pytorch_model_streaming_dmd.safetensors into "
+        "models/FlashVSR",
+        "projection": "missing: put LQ_proj_in.ckpt into models/FlashVSR",
+        "prompt": "missing: put posi_prompt.pth into models/FlashVSR",
+        "tc_decoder": "none",
+        "version": "v1",
+    }
+    with pytest.raises(ValueError, match="transformer: there is no file") as refused:
+        AtlasVidFlashVSRLoader.execute(**offered)
+    assert len(str(refused.value).splitlines()) == 3
+
+
+def test_a_published_projection_of_the_other_version_is_refused(folder, monkeypatch):
+    size = (folder / NAMES["projection"]).stat().st_size
+    monkeypatch.setitem(PUBLISHED_BYTES, size, "v1")
+    assert load("v1").version == "v1"
+    with pytest.raises(ValueError, match=r"LQ_proj_in.ckpt: This is the LQ .* of FlashVSR v1, and"):
+        load("v1.1")
+
+
+def upscale(flashvsr, video, scale=4.0, **more):
+    chosen = {"seed": 0, "decoder": "tiny conditional", "colour": "off", **more}
+    return AtlasVidFlashVSR.execute(flashvsr, video, scale, **chosen).args[0]
+
+
+@pytest.mark.parametrize(
+    ("size", "scale", "expected"),
+    [((1, 1), 4.0, (4, 4)), ((1, 1), 1.0, (1, 1)), ((2, 9), 1.5, (3, 14))],
+)
+def test_pictures_of_hardly_any_pixels(folder, size, scale, expected):
+    shown = upscale(load(), images(1, *size), scale).get_components().images
+    assert shown.shape == (1, *expected, 3)
+    assert shown.isfinite().all()
+
+
+def test_sizes_and_lengths_that_cannot_be_are_refused_before_the_work(folder, monkeypatch):
+    flashvsr = load()
+    monkeypatch.setattr(management, "load_together", None)  # nothing is loaded
+    with pytest.raises(ValueError, match=r"32 x 2048 would become 512 x 32768 .* 16384 a side"):
+        upscale(flashvsr, images(1, 2048, 32), 16.0)
+    with pytest.raises(ValueError, match="There are no frames"):
+        upscale(flashvsr, images(1, 8, 8)[:0])
+    monkeypatch.setattr(scratch.shutil, "disk_usage", lambda _folder: Namespace(free=1000))
+    with pytest.raises(OSError, match=r"Up-scaling 3 frames to 128 x 64 needs .* --temp-directory"):
+        upscale(flashvsr, images(3, 16, 32))
+    assert not list(folder.parent.glob("temp/*"))
+
+
+def test_a_clip_that_the_computer_cannot_hold_is_refused(folder, monkeypatch):
+    flashvsr = load()
+    monkeypatch.setattr(management, "free_memory", lambda *_: 2**20)
+    monkeypatch.setattr(management, "total_memory", lambda _device: 2**20)
+    with pytest.raises(ValueError, match=r"MiB of the computer's memory, 1 MiB are there"):
+        upscale(flashvsr, images(30, 32, 32))
+    assert not list(folder.parent.glob("temp/*"))
+
+
+def test_what_the_work_takes_is_shown_before_it_begins(folder, monkeypatch):
+    said = []
+    monkeypatch.setattr(server, "show_progress", said.append)
+    upscale(load(), images(2, 32, 48))
+    first, last = said[0].split("\n"), said[-1].split("\n")
+    assert first[0].startswith("192 x 128 x 2, 768 tokens, ")
+    assert "of memory beside the weights" in first[1]
+    assert first[2] == "up-scaling"
+    assert last[2].startswith("up-scaled in ")
 
 
 def test_a_decoder_that_is_not_there_is_named_before_the_work(folder):

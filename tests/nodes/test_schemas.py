@@ -62,6 +62,8 @@ CONTRACT = {
     "AtlasVidDecode": ["samples", "vae", "memory_budget"],
     "AtlasVidDecodeToVideo": ["samples", "vae", "fps", "audio", "memory_budget"],
     "AtlasVidEncode": ["pixels", "vae"],
+    "AtlasVidFlashVSRLoader": ["transformer", "projection", "prompt", "tc_decoder", "version"],
+    "AtlasVidFlashVSR": ["flashvsr", "video", "scale", "seed", "decoder", "colour"],
     "AtlasVidTCDecode": ["samples", "low_quality", "flashvsr"],
     "AtlasVidImageToVideo": [
         "positive",

@@ -13,8 +13,9 @@ import pytest
 import torch
 from atlasvid import nodes
 from atlasvid.engine.comfyui import models
-from atlasvid.engine.families.tiny import TinyTextEncoder
+from atlasvid.engine.families.tiny import TinyTextEncoder, wan_state
 from atlasvid.engine.flashvsr.bundle import FlashVSR
+from atlasvid.engine.flashvsr.files import projection_of, projection_shapes
 from atlasvid.engine.flashvsr.tc_decoder import load_tc_decoder
 from clips import render
 from comfy_api.latest import InputImpl, io
@@ -48,10 +49,24 @@ BASE = {
     "AtlasVidImageToVideo": {"width": 32, "height": 48, "frames": 5},
     "AtlasVidTCDecode": {"width": 10, "height": 10},  # twice as much still fits the latent
     "AtlasVidReport": {"window": {"window": "custom", "frames": 1, "height": 2, "width": 3}},
+    "AtlasVidFlashVSR": {
+        # Two chunks of 2 x 2 blocks: a budget below what is near, and slots to forget.
+        "video": rand(22, 48, 48, 3, seed=2).sigmoid(),
+        "scale": 4.0,
+        "width": 192,
+        "height": 180,
+        "sparse_ratio": 0.1,
+        "kv_ratio": 2.0,
+        "local_range": 2,
+    },
 }
 """Where the schema's defaults are large, or leave an input without a say."""
 
-INSTEAD = {"folder": {"folder": "clips", "videos": [], "captions": []}}
+INSTEAD = {
+    "folder": {"folder": "clips", "videos": [], "captions": []},
+    "vae": {"decoder": "Wan VAE"},
+    "scale": {"width": 0, "height": 0},
+}
 """What an input needs to have a say: clips come from a folder or from other nodes."""
 
 ALIASES = {
@@ -65,6 +80,7 @@ ALIASES = {
     "sigma_max": "high",
     "weights": "model",
     "clip_vision_output": "positive",
+    "video": "pixels",
 }
 """How the engine calls what an input gives, or the output that shows it, where names differ."""
 
@@ -73,7 +89,26 @@ def tiny_flashvsr(seed):
     """A bundle with what is read of it."""
     decoder = load_tc_decoder(tc_weights((8, 8, 4, 4), seed), torch.float32)
     model = small_wan(num_layers=1, ffn_dim=256)
-    return FlashVSR(model, None, rand(1, 4, 8), models.patcher(decoder), "v1")
+    projection = models.patcher(projection_of(projection_state(seed)))
+    return FlashVSR(model, projection, rand(1, 4, 4096), models.patcher(decoder), "v1")
+
+
+def projection_state(seed):
+    shapes = projection_shapes(4, 6, 256).items()
+    return {name: rand(*shape, seed=seed + n) * 0.05 for n, (name, shape) in enumerate(shapes)}
+
+
+def write_flashvsr(folder, seed):
+    """The loader's files, by the inputs that choose them."""
+    weights = {
+        "transformer": wan_state(seed, num_layers=1),
+        "projection": projection_state(seed),
+        "prompt": {"context": rand(1, 4, 4096, seed=seed)},
+        "tc_decoder": tc_weights((8, 8, 4, 4), seed),
+    }
+    folder.mkdir(exist_ok=True)
+    for name, tensors in weights.items():
+        save_file(tensors, folder / f"{name}_{seed}.safetensors")
 
 
 def inputs_of(node):
@@ -96,11 +131,14 @@ def written(tmp_path_factory):
     for seed, name in enumerate(("clips", "other")):
         (read / name).mkdir()
         render(read / name / "clip.mp4", 36, width=96, height=96, seed=seed)
+        write_flashvsr(read / "FlashVSR", seed)
     loras = [str(root / "loras")], folder_paths.supported_pt_extensions
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(folder_paths, "output_directory", str(root / "output"))
         patch.setattr(folder_paths, "temp_directory", str(read / "temp"))
         patch.setattr(folder_paths, "input_directory", str(read))
+        patch.setattr(folder_paths, "models_dir", str(read))
+        patch.setitem(folder_paths.folder_names_and_paths, "FlashVSR", ([], set()))
         patch.setitem(folder_paths.folder_names_and_paths, "loras", loras)
         yield root
 
@@ -137,6 +175,10 @@ def legal(written):
         "folder": ["", "other"],
         "name": ["one", "another"],
         "guide_weight": ["auto", "8"],
+        **{
+            role: [f"{role}_{seed}.safetensors" for seed in seeds]
+            for role in ("transformer", "projection", "prompt", "tc_decoder")
+        },
     }
 
 
@@ -144,11 +186,15 @@ def usual(given, legal):
     """A legal value of an input."""
     if (default := getattr(given, "default", None)) is not None:
         return default
+    if given.id in legal:
+        return legal[given.id][0]
     return given.options[0] if isinstance(given, io.Combo.Input) else two_of(given, legal)[0]
 
 
 def another(given, value, legal):
     """A legal value of an input beside `value`."""
+    if isinstance(given, io.Combo.Input) and given.id in legal:
+        return legal[given.id][1]
     match given:
         case io.DynamicCombo.Input():
             keys = [option.key for option in given.options]
@@ -192,6 +238,7 @@ def call(legal, written, tmp_path_factory):
 
     shutil.copytree(written, start)
     execute("AtlasVidTrainLoRA")  # a run to resume, and its clips encoded
+    execute("AtlasVidFlashVSR")  # its models loaded
     shutil.rmtree(start)
     shutil.copytree(written, start)
     return execute
