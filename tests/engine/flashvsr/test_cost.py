@@ -161,6 +161,6 @@ def test_what_the_node_shows():
     assert first == "3840 x 2160 x 81, 384 tokens, 10 TFLOP, x"
     assert second == (
         "1.0 GiB of card memory, 2.0 GiB of host memory beside the weights, "
-        "1 MiB of temporary disk space"
+        "977 KiB of temporary disk space"
     )
     assert need.lines(host_only=True).split("\n")[1].startswith("3.0 GiB of memory beside")
