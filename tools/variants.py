@@ -224,8 +224,8 @@ LORA_LOADER = {
 }
 CUT = {
     "type": "LatentCut",
-    "pos": [1700, 1265],
-    "size": [360, 130],
+    "pos": [2120, 120],
+    "size": [360, 110],
     "flags": {},
     "order": 0,
     "mode": 0,
@@ -383,6 +383,7 @@ def with_cut(graph: Graph) -> None:
     sampled = graph.node("Sample the detail")
     graph.take_over(sampled, cut, 0)
     graph.connect(sampled, 0, cut, "samples")
+    graph.lower(180, ("AtlasVidDecodeToVideo", "The finished video"), ())
 
 
 def as_training(graph: Graph) -> None:
