@@ -1,5 +1,9 @@
 """A render that was stopped goes on bit by bit, for any sampler; what changed is never answered."""
 
+from itertools import pairwise
+
+import comfy.sample
+import comfy.samplers
 import pytest
 import torch
 from atlasvid.engine.branch.apply import apply_detail_branch
@@ -8,7 +12,7 @@ from atlasvid.engine.proxy.frequencies import apply_rope_method
 from atlasvid.engine.proxy.structure import apply_structure_guidance
 from atlasvid.engine.resume import store
 from atlasvid.engine.resume.run import apply_resume
-from sampling import Stopped, calls, sample
+from sampling import SHAPE, Stopped, calls, conditioning, sample
 from wan import plan_of, rand, small_wan
 
 PLAN = plan_of((3, 8, 8), (2, 4, 4), stride=2)
@@ -105,3 +109,34 @@ def test_without_the_node_nothing_is_written_and_no_bit_differs(wan, output):
     assert torch.equal(sample(apply_resume(wan)), expected)
     assert len(list(output.rglob("*.safetensors"))) == 4 + 1
     assert torch.equal(sample(wan), expected)
+
+
+def test_a_sampler_that_works_on_the_answer_itself_does_not_change_what_is_kept(wan):
+    def sampler(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        for level, following in pairwise(sigmas):
+            denoised = model(x, level * x.new_ones(1), **extra_args)
+            denoised.mul_(0.9)
+            x = denoised + (x - denoised) * following / level
+        return x
+
+    def run(model):
+        noise = comfy.sample.prepare_noise(torch.zeros(SHAPE), 7)
+        with torch.inference_mode():
+            return comfy.sample.sample_custom(
+                model,
+                noise,
+                1.0,
+                comfy.samplers.KSAMPLER(sampler),
+                torch.tensor([1.0, 0.7, 0.3, 0.0]),
+                conditioning(1),
+                conditioning(2),
+                torch.zeros(SHAPE),
+                disable_pbar=True,
+                seed=7,
+            )
+
+    expected, model = run(wan), apply_resume(wan)
+    result, first, second = stop_and_go_on(lambda: run(model), 2)
+    assert torch.equal(result, expected)
+    assert (first, second) == (2, 1)
+    assert torch.equal(run(model), expected)
