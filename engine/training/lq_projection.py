@@ -18,6 +18,7 @@ from torch import Tensor
 from ..comfyui import management
 from ..families import wan
 from ..flashvsr.blocks import PIXELS, TOKENS, BlockGrid
+from ..flashvsr.files import require_together
 from ..flashvsr.projection import (
     CLIP,
     IN_FRONT,
@@ -36,6 +37,8 @@ from .pairs import Pair, PairSettings
 
 FRAMES = CLIP * FIRST_CHUNK + 1
 """That the first chunk reads; it decodes to four fewer."""
+PUBLISHED_WIDTHS = (2048, 3072)
+"""After the first and second convolution."""
 BLOCK_VECTORS = 60
 """Vectors of a token that live while a block is differentiated."""
 
@@ -93,6 +96,35 @@ def new_projection(widths: tuple[int, int, int], seed: int) -> LowQualityProject
         else:
             weight.normal_(generator=generator).mul_(weight[0].numel() ** -0.5)
     return projection
+
+
+def first_projection(
+    given: LowQualityProjection | None,
+    widths: tuple[int, int] | None,
+    usual: tuple[int, int],
+    model: Any,
+    prompt: Tensor,
+    seed: int,
+) -> LowQualityProjection:
+    """What a training begins with: the projection that is given, else a new one.
+
+    Args:
+        widths: that are asked for, or None.
+        usual: of a new one where none are asked for.
+
+    Raises:
+        ValueError: what is given is of other widths, or does not fit the transformer or its prompt.
+    """
+    if given is None:
+        tokens = wan.shape(model.model.diffusion_model).dim
+        given = new_projection((*(widths or usual), tokens), seed)
+    if widths not in (None, given.widths[:2]):
+        raise ValueError(
+            f"The projection to begin with is {given.widths[0]},{given.widths[1]} wide, and "
+            f"{widths[0]},{widths[1]} was asked for. Leave the widths out, or begin with a new one."
+        )
+    require_together(model, given, prompt)
+    return given
 
 
 def project_clip(projection: LowQualityProjection, version: Version, frames: Tensor) -> Tensor:
