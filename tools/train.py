@@ -4,9 +4,11 @@
         --text-encoder umt5_xxl_fp8_e4m3fn_scaled.safetensors --vae wan_2.1_vae.safetensors
 
 Stage guide (or target) makes a LoRA for AtlasVid Guide LoRA, stage proxy an ordinary one for the
-model that samples the proxy, stage tc-decoder FlashVSR's small decoder, of any width, from the Wan
-2.1 VAE and clips without captions. Run again to go on from where a run was stopped. --tiny tries it
-on small random models. The first run fetches a ComfyUI and an environment where there is none.
+model that samples the proxy. Two stages train parts of FlashVSR, of any width, on clips without
+captions, with the Wan 2.1 VAE: tc-decoder its small decoder, lq-projection its LQ projection
+(LQ_proj_in), for which FlashVSR's transformer and prompt are needed, too. Run again to go on from
+where a run was stopped. --tiny tries it on small random models. The first run fetches a ComfyUI
+and an environment where there is none of yours.
 """
 
 from __future__ import annotations
@@ -30,6 +32,9 @@ from environment import (
 )
 
 DECODER = "tc-decoder"
+PROJECTION = "lq-projection"
+PARTS = (DECODER, PROJECTION)
+"""The stages that train a part of FlashVSR."""
 TINY = "tiny"
 """In place of a text encoder's file: the tiny world's."""
 WORKER = Path(__file__).with_name("train_worker.py")
@@ -40,7 +45,7 @@ def arguments() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("stage", choices=("guide", "proxy", "target", DECODER), help="what is trained")
+    add("stage", choices=("guide", "proxy", "target", *PARTS), help="what is trained")
     add("--clips", type=Path, required=True, metavar="FOLDER", help="clips and captions")
     add(
         "--preset",
@@ -55,6 +60,7 @@ def arguments() -> argparse.ArgumentParser:
     models.add_argument("--model", type=Path, metavar="FILE", help="a Wan text-to-video model")
     models.add_argument("--text-encoder", type=Path, metavar="FILE", help="its UMT5, or tiny")
     models.add_argument("--vae", type=Path, metavar="FILE", help="its VAE")
+    models.add_argument("--prompt", type=Path, metavar="FILE", help="FlashVSR's posi_prompt.pth")
     models.add_argument("--tiny", action="store_true", help="small random models instead")
 
     plan = parser.add_argument_group("sizes to train at, as in AtlasVid Plan")
@@ -76,7 +82,7 @@ def arguments() -> argparse.ArgumentParser:
         ("alpha", float, 16.0, "its scale is alpha / rank"),
         ("targets", str, "attention and feed-forward", "layers: this, attention, self-attention"),
         ("optimizer", str, "AdamW", "AdamW or Prodigy"),
-        ("learning-rate", float, 0.0, "0: 1e-4 for AdamW, 1 for Prodigy, 2e-4 for tc-decoder"),
+        ("learning-rate", float, 0.0, "0: 1e-4, with Prodigy 1, for tc-decoder 2e-4"),
         ("shift", float, 5.0, "of the noise levels"),
         ("sigma-min", float, 0.0, "lowest noise level"),
         ("sigma-max", float, 1.0, "highest noise level"),
@@ -104,18 +110,25 @@ def arguments() -> argparse.ArgumentParser:
         "--init",
         type=Path,
         metavar="FILE",
-        help="a LoRA of the same stage and rank to start from, trained at another size, say",
+        help="a LoRA of the same stage and rank to start from, trained at another size, say; "
+        "an LQ projection for stage lq-projection",
     )
     run.add_argument("--restart", action="store_true", help="forget a stopped run of this name")
 
-    decoder = parser.add_argument_group("stage tc-decoder")
+    part = parser.add_argument_group("stages tc-decoder and lq-projection")
     for name, kind, default, text in (
-        ("widths", str, "512,256,128,128", "channels, from the coarsest level on"),
-        ("frames", int, 21, "of a cut, 1 more than a multiple of 4"),
-        ("side", int, 256, "of the square part of a cut that a step learns from, in pixels"),
-        ("scale", int, 4, "times that the low-quality frames are smaller"),
+        ("widths", str, None, "channels (512,256,128,128 and 2048,3072, or those of --init)"),
+        ("side", int, None, "of the square part of a cut that a step learns from (256 and 512)"),
+        ("frames", int, 21, "of a cut, 1 more than a multiple of 4; lq-projection reads 25 (21)"),
+        ("scale", int, 4, "times that the low-quality frames are smaller (4)"),
     ):
-        decoder.add_argument(f"--{name}", type=kind, default=default, help=f"{text} ({default})")
+        part.add_argument(f"--{name}", type=kind, default=default, help=text)
+    part.add_argument(
+        "--version",
+        choices=("v1", "v1.1"),
+        default="v1.1",
+        help="of FlashVSR's transformer in stage lq-projection (v1.1)",
+    )
     clips = parser.add_argument_group("which cuts are learned from (grey levels; 0 takes all)")
     clips.add_argument("--min-motion", type=float, default=0.0, help="change from frame to frame")
     clips.add_argument("--min-sharpness", type=float, default=0.0, help="detail beyond the proxy's")
@@ -167,8 +180,11 @@ def require_models(options: argparse.Namespace) -> None:
         "--text-encoder": options.text_encoder,
         "--vae": options.vae,
     }
-    if options.stage == DECODER:
+    if options.stage in PARTS:
         files = {"--vae": options.vae}
+    if options.stage == PROJECTION:
+        files |= {"--model": options.model, "--prompt": options.prompt}
+        files |= {"--init": options.init} if options.init else {}
     for flag, file in files.items():
         if flag == "--text-encoder" and str(file) == TINY:
             continue
@@ -182,7 +198,7 @@ def train() -> int:
     options = parsed()
     require_models(options)
     comfyui = own_comfyui(options.comfyui)
-    kind = "FlashVSR" if options.stage == DECODER else "loras"
+    kind = "FlashVSR" if options.stage in PARTS else "loras"
     results = comfyui / "models" / kind if comfyui else cache_folder() / "training"
     if comfyui:
         python = own_python(comfyui, options.python)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pack_loader import load_comfyui, load_pack
-from train import DECODER, TINY, parsed
+from train import DECODER, PARTS, TINY, parsed
 
 SHOWN = 10
 """Steps between two lines."""
@@ -28,8 +28,8 @@ def main() -> int:
     first = accelerator is None or accelerator.is_main_process
     show_log(first)
     try:
-        if options.stage == DECODER:
-            train_decoder(options)
+        if options.stage in PARTS:
+            train_part(options)
         else:
             run(options, accelerator, first)
     except (ValueError, RuntimeError, FileNotFoundError) as error:
@@ -133,51 +133,88 @@ def run(options: Any, accelerator: Any, first: bool) -> None:
     say(f"finished: {result.path}, curve {result.curve}")
 
 
-def train_decoder(options: Any) -> None:
-    """Encode and train FlashVSR's small decoder, on one card."""
+def train_part(options: Any) -> None:
+    """Encode, and train a part of FlashVSR, on one card."""
     from atlasvid.engine.comfyui import media
     from atlasvid.engine.families.tiny import vae_state
-    from atlasvid.engine.flashvsr.tc_decoder import Widths
-    from atlasvid.engine.training.degradation import Degradation
+    from atlasvid.engine.training.files import require_writable
     from atlasvid.engine.training.job import Job
-    from atlasvid.engine.training.tc_decoder import (
-        DecoderSettings,
-        DecoderTrainer,
-        clips_without_captions,
-        encode_clips,
-    )
+    from atlasvid.engine.training.pairs import clips_without_captions, encode_clips
     from safetensors.torch import load_file
 
     if options.cards > 1:
-        raise ValueError("Stage tc-decoder trains on one card: leave --cards out.")
-    rate = {"learning_rate": options.learning_rate} if options.learning_rate else {}
-    settings = DecoderSettings(
-        options.steps,
-        Widths.named(options.widths),
-        width=options.width,
-        height=options.height,
-        frames=options.frames,
-        fps=options.fps,
-        side=options.side,
-        degradation=Degradation(options.scale),
-        precision=options.precision,
-        seed=options.seed,
-        save_every=options.save_every,
-        **rate,
-    )
-    job = Job(options.output, options.work, options.name or "atlasvid_tc_decoder")
+        raise ValueError(f"Stage {options.stage} trains on one card: leave --cards out.")
+    name = options.name or f"atlasvid_{options.stage.replace('-', '_')}"
+    job = Job(options.output, options.work, name)
     job.require_own_name()
+    for folder in (job.loras, job.run_folder, job.cache_folder):
+        require_writable(folder)
+    settings, make_trainer = (decoder if options.stage == DECODER else projection)(options, job)
     if not options.tiny:
         require_whole(options.vae)
     vae = media.load_vae(vae_state() if options.tiny else load_file(options.vae))
     clips = clips_without_captions(options.clips.expanduser())
     print(f"[atlasvid] encoding {len(clips)} clips", flush=True)
     samples = encode_clips(clips, vae, job.cache_folder, settings, options.cuts_per_clip)
-    trainer = DecoderTrainer(settings, job.path, job.run_folder)
+    trainer = make_trainer()
     resumed_at = trainer.run(samples, not options.restart, shown_steps(options.steps))
     if resumed_at:
         print(f"[atlasvid] resumed after step {resumed_at}", flush=True)
     print(f"[atlasvid] finished: {job.path}", flush=True)
+
+
+def pair_settings(options: Any) -> dict[str, Any]:
+    """What the stages of `train_part` have in common; what is not given is the stage's own."""
+    from atlasvid.engine.training.degradation import Degradation
+
+    given = {"side": options.side, "learning_rate": options.learning_rate}
+    return {name: value for name, value in given.items() if value} | {
+        "steps": options.steps,
+        "width": options.width,
+        "height": options.height,
+        "fps": options.fps,
+        "degradation": Degradation(options.scale),
+        "precision": options.precision,
+        "seed": options.seed,
+        "save_every": options.save_every,
+    }
+
+
+def decoder(options: Any, job: Any) -> tuple[Any, Any]:
+    """Settings, and what makes the trainer, of stage tc-decoder."""
+    from atlasvid.engine.flashvsr.tc_decoder import Widths
+    from atlasvid.engine.training.tc_decoder import DecoderSettings, DecoderTrainer
+
+    more = {"widths": Widths.named(options.widths)} if options.widths else {}
+    settings = DecoderSettings(frames=options.frames, **more, **pair_settings(options))
+    return settings, lambda: DecoderTrainer(settings, job.path, job.run_folder)
+
+
+def projection(options: Any, job: Any) -> tuple[Any, Any]:
+    """Settings, and what makes the trainer, of stage lq-projection; its files are read at once."""
+    from atlasvid.engine.flashvsr.files import read_projection, read_prompt, read_transformer
+    from atlasvid.engine.flashvsr.tiny import RANDOM_WIDTHS, random_flashvsr
+    from atlasvid.engine.training.lq_projection import (
+        PUBLISHED_WIDTHS,
+        ProjectionSettings,
+        ProjectionTrainer,
+        first_projection,
+        widths_named,
+    )
+
+    settings = ProjectionSettings(version=options.version, **pair_settings(options))
+    widths = widths_named(options.widths) if options.widths else None
+    if options.tiny:
+        small = random_flashvsr(options.seed)
+        model, prompt, usual = small.model, small.prompt, RANDOM_WIDTHS
+    else:
+        prompt = read_prompt(options.prompt.expanduser())
+        model, usual = read_transformer(options.model.expanduser()), PUBLISHED_WIDTHS
+    given = read_projection(options.init.expanduser()) if options.init else None
+    start = first_projection(given, widths, usual, model, prompt, options.seed)
+    return settings, lambda: ProjectionTrainer(
+        settings, model, prompt, start, job.path, job.run_folder
+    )
 
 
 def shown_steps(steps: int) -> Any:

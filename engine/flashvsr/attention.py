@@ -28,12 +28,16 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, chunk: Chunk
 
         def compute(start: int, stop: int, rows: Tensor = rows, columns: Tensor = columns) -> None:
             index = rows[start:stop]
-            keys, values = (_gathered(x, columns[start:stop]) for x in (k, v))
-            attended = F.scaled_dot_product_attention(q[index][None], keys[None], values[None])
-            out[index] = attended[0]
+            out[index] = gathered_attention(q[index], k, v, columns[start:stop])
 
         in_chunks(range(per_row, (len(rows) + 1) * per_row, per_row), chunk, compute)
     return out
+
+
+def gathered_attention(q: Tensor, k: Tensor, v: Tensor, columns: Tensor) -> Tensor:
+    """q [r, 128, d] over the blocks of k and v [m, 128, d] at columns [r, count] -> [r, 128, d]."""
+    keys, values = (_gathered(x, columns) for x in (k, v))
+    return F.scaled_dot_product_attention(q[None], keys[None], values[None])[0]
 
 
 def equal_counts(kept: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

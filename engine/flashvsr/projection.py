@@ -76,8 +76,8 @@ class LowQualityProjection(nn.Module):
         return _stage(self.conv2, self.norm2, middle, rows)
 
     def tokens(self, features: Tensor) -> Tensor:
-        """[1, C2, 1, rows, w] -> [rows, w, C]"""
-        return self.linear_layers[0](rearrange(features, "1 c 1 h w -> h w c"))
+        """[1, C2, n, rows, w] -> [n, rows, w, C]"""
+        return self.linear_layers[0](rearrange(features, "1 c n h w -> n h w c"))
 
 
 def _stage(conv: nn.Module, norm: nn.Module, x: Tensor, rows: range) -> Tensor:
@@ -147,7 +147,7 @@ class ProjectionStream:
 
         def compute(start: int, stop: int) -> None:
             features = self.projection.second(middle, range(start, stop))
-            out[start:stop] = self.projection.tokens(features)
+            out[start:stop] = self.projection.tokens(features)[0]
 
         self._in_stripes(height, middle, compute)
         return out

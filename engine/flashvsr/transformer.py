@@ -64,13 +64,61 @@ class Memory:
         return self.of_blocks.setdefault(block, [])
 
 
-class OneStep:
-    """Evaluates chunks of a clip in order.
+class Evaluation:
+    """What stays the same in one evaluation of a transformer, wherever its tokens are.
 
     Args:
         net: a WanModel whose weights are loaded.
         prompt: the checkpoint's own text [1, L, 4096].
         like: an empty tensor of the device and dtype to compute in.
+    """
+
+    def __init__(
+        self, net: Any, prompt: Tensor, like: Tensor, grid: BlockGrid, sparsity: Sparsity
+    ) -> None:
+        self.net = net
+        self.like = like
+        self.grid = grid
+        self.sparsity = sparsity
+        self.heads = wan.heads(net)
+        self.rotations = BlockRotations(net.rope_embedder, grid, like.device)
+        self.near = grid.local_mask(sparsity.local_range, like.device)
+        timestep = torch.full((1,), TIMESTEP, device=like.device)
+        self.time, self.modulation = wan.time_embedding(net, timestep, like.dtype)
+        self.text = wan.Text(net.text_embedding(prompt.to(like)), None)
+        self.options: dict[str, Any] = {}
+        """The transformer options, for the attention to the text."""
+
+    def chosen(self, queries: Tensor, means: Tensor) -> Tensor:
+        """Which blocks of keys those of one slot and head attend to, bool [N, slots * N].
+
+        Args:
+            queries: [N, 128, d].
+            means: of the keys' blocks [slots * N, d].
+        """
+        return chosen(pooled(queries), means, self.near, self.sparsity.budget(self.grid))
+
+    def after_attention(
+        self, block: Any, x: Tensor, attended: Tensor, rows: wan.Modulation
+    ) -> Tensor:
+        """The rest of a block on tokens x [1, n, C]."""
+        x = wan.attention_output(block, x, attended, rows)
+        x = x + wan.cross_attention(block, x, self.text, self.options)
+        return torch.addcmul(x, wan.feed_forward(block, x, rows), rows.gate)
+
+    def by_head(self, x: Tensor) -> Tensor:
+        """[1, n * 128, C] -> [heads, n, 128, d]"""
+        return x[0].unflatten(0, (-1, TOKENS)).unflatten(-1, (self.heads, -1)).permute(2, 0, 1, 3)
+
+    def to_tokens(self, attended: Tensor) -> Tensor:
+        """The inverse of `by_head`."""
+        return attended.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)[None]
+
+
+class OneStep(Evaluation):
+    """Evaluates chunks of a clip in order.
+
+    Args:
         at_block: called before every block of every chunk.
     """
 
@@ -84,20 +132,11 @@ class OneStep:
         places: Places,
         at_block: Callable[[], None] = lambda: None,
     ) -> None:
-        self.net = net
-        self.like = like
-        self.grid = grid
-        self.sparsity = sparsity
+        super().__init__(net, prompt, like, grid, sparsity)
         self.places = places
         self.chunk = ChunkSize(places.tokens)
         self.at_block = at_block
-        self.heads = wan.heads(net)
         self.attention = attention_for(like.device, like.dtype)
-        self.rotations = BlockRotations(net.rope_embedder, grid, like.device)
-        self.near = grid.local_mask(sparsity.local_range, like.device)
-        timestep = torch.full((1,), TIMESTEP, device=like.device)
-        self.time, self.modulation = wan.time_embedding(net, timestep, like.dtype)
-        self.text = wan.Text(net.text_embedding(prompt.to(like)), None)
         self.memory = Memory()
 
     def __call__(
@@ -198,7 +237,7 @@ class OneStep:
                 (values, wan.values(block, y)),
             )
             for store, part in made:
-                store[:, start:stop] = self._by_head(part)
+                store[:, start:stop] = self.by_head(part)
 
         self._over_blocks(compute)
         slot.queries = queries
@@ -215,7 +254,7 @@ class OneStep:
         for slot in slots:
             assert slot.queries is not None
             q = slot.queries[head].to(device)
-            kept = chosen(pooled(q), means, self.near, self.sparsity.budget(self.grid))
+            kept = self.chosen(q, means)
             attended.append(self.attention(q, k, v, kept, self.chunk))
         for slot, values in zip(slots, attended, strict=True):  # last: a head may be repeated
             assert slot.queries is not None
@@ -226,12 +265,9 @@ class OneStep:
 
         def compute(start: int, stop: int) -> None:
             assert slot.queries is not None
-            attended = slot.queries[:, start:stop].to(self.like.device)
-            attended = attended.permute(1, 2, 0, 3).reshape(1, (stop - start) * TOKENS, -1)
+            attended = self.to_tokens(slot.queries[:, start:stop].to(self.like.device))
             x = self._read(slot.tokens, start, stop)
-            x = wan.attention_output(block, x, attended, rows)
-            x = x + wan.cross_attention(block, x, self.text, {})
-            x = torch.addcmul(x, wan.feed_forward(block, x, rows), rows.gate)
+            x = self.after_attention(block, x, attended, rows)
             slot.tokens[start:stop] = x.view(stop - start, TOKENS, -1)
 
         self._over_blocks(compute)
@@ -257,10 +293,6 @@ class OneStep:
     def _read(self, tokens: Tensor, start: int, stop: int) -> Tensor:
         """Blocks start to stop as tokens [1, n, C] on the device."""
         return tokens[start:stop].to(self.like.device).flatten(0, 1)[None]
-
-    def _by_head(self, x: Tensor) -> Tensor:
-        """[1, n * 128, C] -> [heads, n, 128, d]"""
-        return x[0].unflatten(0, (-1, TOKENS)).unflatten(-1, (self.heads, -1)).permute(2, 0, 1, 3)
 
     def _over_blocks(self, compute: Callable[[int, int], None]) -> None:
         in_chunks(range(TOKENS, (self.grid.count + 1) * TOKENS, TOKENS), self.chunk, compute)

@@ -11,13 +11,9 @@ from atlasvid.engine.comfyui import media
 from atlasvid.engine.families import tiny
 from atlasvid.engine.flashvsr.tc_decoder import TCDecoder, Widths, load_tc_decoder
 from atlasvid.engine.training.degradation import Degradation, blurred, compressed
-from atlasvid.engine.training.tc_decoder import (
-    DecoderSettings,
-    DecoderTrainer,
-    clips_without_captions,
-    decode_clip,
-    encode_clips,
-)
+from atlasvid.engine.training.objective import step_generator
+from atlasvid.engine.training.pairs import clips_without_captions, encode_clips
+from atlasvid.engine.training.tc_decoder import DecoderSettings, DecoderTrainer, decode_clip
 from clips import picture, render
 from safetensors.torch import load_file
 from wan import rand
@@ -27,7 +23,7 @@ WIDTHS = (8, 8, 4, 4)
 
 def settings(steps=3, **more):
     usual = {"width": 64, "height": 48, "frames": 5, "side": 32, "precision": "fp32"}
-    return DecoderSettings(steps, Widths(*WIDTHS), **(usual | more))
+    return DecoderSettings(steps, widths=Widths(*WIDTHS), **(usual | more))
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +68,10 @@ def test_a_run_learns_and_its_file_is_a_decoder(samples, tmp_path):
     run.run(samples)
     assert sum(run.losses[-10:]) < 0.6 * sum(run.losses[:10])
     decoder = load_tc_decoder(load_file(run.path), torch.float32)
-    latents, shown, _ = run.sample()
+    pair = run.sample(step_generator(0, 0))
     with torch.inference_mode():
-        again = decode_clip(decoder, latents, shown)
-        assert torch.equal(again, decode_clip(run.decoder, latents, shown))
+        again = decode_clip(decoder, pair.latents, pair.shown)
+        assert torch.equal(again, decode_clip(run.decoder, pair.latents, pair.shown))
     assert run.path.with_suffix(".png").stat().st_size > 1000
 
 
@@ -115,10 +111,8 @@ def test_half_precision_learns_too(samples, tmp_path):
 def test_a_loss_that_is_not_finite_changes_nothing(samples, tmp_path, monkeypatch):
     run = trainer(tmp_path, settings(2))
     before = run.weights()
-    sample = DecoderTrainer.sample
-    monkeypatch.setattr(
-        DecoderTrainer, "sample", lambda s: (*sample(s)[:2], torch.full((5, 3, 32, 32), math.inf))
-    )
+    loss = DecoderTrainer.loss
+    monkeypatch.setattr(DecoderTrainer, "loss", lambda *given: math.inf * loss(*given))
     with pytest.raises(ValueError, match="at step 1; the state before it is kept"):
         run.run(samples)
     assert all(torch.equal(weight, before[name]) for name, weight in run.weights().items())
