@@ -115,6 +115,25 @@ def run_one(
     return {**result, "tokens": math.prod(grid), "floor_flops": bench.flops()}
 
 
+def plan_of(grid: tuple[int, ...], space: Any) -> Any:
+    """A plan for a token grid (frames, height, width), with a guide a quarter as large."""
+    from atlasvid.engine.geometry.plan import Plan
+
+    f, h, w = grid
+    pixels = 2 * space.spatial
+    return Plan(
+        width=w * pixels,
+        height=h * pixels,
+        frames=4 * (f - 1) + 1,
+        fps=16.0,
+        temporal_stride=STRIDE,
+        proxy_width=w // 4 * pixels,
+        proxy_height=h // 4 * pixels,
+        proxy_frames=4 * ((f - 1) // STRIDE) + 1,
+        space=space,
+    )
+
+
 class Forward:
     """A model of one shape, its inputs and its plan for a token grid."""
 
@@ -129,29 +148,14 @@ class Forward:
         import torch
         from atlasvid.engine.branch.apply import apply_detail_branch
         from atlasvid.engine.comfyui import management
+        from atlasvid.engine.families.family import latent_space
         from atlasvid.engine.geometry.grid import Grid
-        from atlasvid.engine.geometry.plan import Plan
         from atlasvid.engine.geometry.windows import COMPACT
 
         self.patcher = shape.load()
         device = management.use_on_device(self.patcher)
-        f, h, w = grid
-        guide = ((f - 1) // STRIDE + 1, h // 4, w // 4)
-        from atlasvid.engine.families.family import latent_space
-
         space = latent_space(self.patcher)
-        pixels = 2 * space.spatial
-        self.plan = Plan(
-            width=w * pixels,
-            height=h * pixels,
-            frames=4 * (f - 1) + 1,
-            fps=16.0,
-            temporal_stride=STRIDE,
-            proxy_width=guide[2] * pixels,
-            proxy_height=guide[1] * pixels,
-            proxy_frames=4 * (guide[0] - 1) + 1,
-            space=space,
-        )
+        self.plan = plan_of(grid, space)
         proxy = torch.randn(1, space.channels, *self.plan.proxy_latent)
         budget = "auto"
         if cap_gib is not None:  # what "auto" takes on a card of that size

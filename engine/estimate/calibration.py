@@ -20,7 +20,7 @@ from ..comfyui import management, media, models, server
 from ..vae.cpu import residual_block
 from .cost import ModelShape, Rates
 
-VERSION = 2
+VERSION = 3
 HEAD = 128
 """Channels of one attention head, in every Wan."""
 ROUNDS = 3
@@ -98,7 +98,7 @@ def measure(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> Rate
 
     tokens = 4_096 if device.type == "cpu" else 16_384  # a chunk as the forward evaluates it
     x, wide, scale = rand(1, tokens, dim), rand(1, tokens, ffn), rand(dim)
-    freqs = rand(1, tokens, 1, HEAD // 2, 2, 2)
+    freqs = rand(1, tokens, 1, HEAD // 2, 2, 2).float()  # as a forward's are
     index = torch.randperm(tokens, device=device)
 
     def pointwise() -> None:
@@ -117,6 +117,10 @@ def measure(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> Rate
 
     convolution = _convolution_rate(shape.vae_channels, device, dtype)
 
+    side, wide = int((budget / (4 * 4 * shape.vae_channels)) ** 0.5), 4 * shape.vae_channels
+    frame = rand(1, 1, side, wide)
+    wide_attention = _best(device, lambda: F.scaled_dot_product_attention(frame, frame, frame))
+
     block = torch.empty(64 * 2**20, dtype=torch.uint8)
     transfer = _best(device, lambda: block.to(device, copy=True))
 
@@ -126,6 +130,7 @@ def measure(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> Rate
         pointwise=moved / passes,
         convolution=convolution,
         transfer=block.numel() / transfer,
+        wide_attention=4 * side**2 * wide / wide_attention,
     )
 
 
@@ -137,8 +142,10 @@ def _convolution_rate(channels: int, device: torch.device, dtype: torch.dtype) -
     flops = 2 * 27 * channels**2
     if device.type != "cpu":
         picture = torch.randn((1, channels, 3, 256, 256), device=device, dtype=dtype)
-        kernel = torch.randn((channels, channels, 3, 3, 3), device=device, dtype=dtype)
-        return flops * 256**2 / _best(device, lambda: F.conv3d(picture, kernel, padding=(0, 1, 1)))
+        layer = media.conv3d(channels).to(device, dtype)
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter, std=channels**-0.5)
+        return flops * 256**2 / _best(device, lambda: layer(picture))
     block = media.wan_residual_block(channels)
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=channels**-0.5)

@@ -30,7 +30,7 @@ CHUNK_FRAMES = 2
 """Latent frames in a chunk, at most."""
 KEPT = 4
 """Features of a chunk between the layers before the attention and those after: x, q, k, v."""
-BAND_LIVE = 22
+BAND_LIVE = 16
 """Features of a band's positions at the peak of its layers, counted on the real shapes."""
 FEWEST_ROWS = 16
 """A lower band is nearly all halo."""
