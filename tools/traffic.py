@@ -177,7 +177,8 @@ def count_block(
         attention = attention_of(layout, True, RopeAxes(net.rope_embedder, {}))
         ring, windows = None, attention.windows
         if isinstance(windows, SlidingWindows):
-            ring = Ring(windows.ring, *(DeviceTokens(vectors(windows.ring.count)) for _ in "kv"))
+            kept = vectors(windows.ring.count + plan.proxy_tokens.count).repeat(1, 2)
+            ring = Ring(windows.ring, DeviceTokens(kept))
         ev = Evaluation(
             net=net,
             family=wan,

@@ -172,11 +172,12 @@ class DetailForward:
         if not isinstance(self.attention, SlidingAttention):
             return None
         grid = self.attention.windows.ring
-        shape = 2, grid.count, self.family.shape(self.net).dim
+        guide = self.settings.plan.proxy_tokens.count if self.settings.guided else 0
+        shape = 1, grid.count + guide, 2 * self.family.shape(self.net).dim
         fits = ev.memory.ring_on_device
-        pair = management.empty_if_it_fits(ev.x, shape) if fits else None
-        if pair is not None:
-            return Ring(grid, DeviceTokens(pair[0]), DeviceTokens(pair[1]))
+        tokens = management.empty_if_it_fits(ev.x, shape) if fits else None
+        if tokens is not None:
+            return Ring(grid, DeviceTokens(tokens[0]))
         return Ring(grid, *self._in_host_memory(ev.x, shape, stack))
 
     def _in_host_memory(

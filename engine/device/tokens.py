@@ -27,8 +27,11 @@ class Tokens(Protocol):
         """Tokens [n, C] at indices [n], on the computing device, as a tensor of its own."""
         ...
 
-    def write(self, index: Tensor, values: Tensor) -> None:
-        """Overwrite tokens; visible to reads after `settle`, to other indices at once."""
+    def write(self, index: Tensor, values: Tensor, column: int = 0) -> None:
+        """Overwrite tokens, or their numbers from `column` on; visible to reads after `settle`.
+
+        To other indices at once.
+        """
         ...
 
     def settle(self) -> None:
@@ -49,8 +52,9 @@ class DeviceTokens:
     def read(self, index: Tensor) -> Tensor:
         return self.values.index_select(0, index)  # as they are: the head is trained through
 
-    def write(self, index: Tensor, values: Tensor) -> None:
-        self.values.view(WORD).index_copy_(0, index, values.contiguous().view(WORD))
+    def write(self, index: Tensor, values: Tensor, column: int = 0) -> None:
+        place = self.values[:, column : column + values.shape[1]]
+        place.view(WORD).index_copy_(0, index, values.contiguous().view(WORD))
 
     def settle(self) -> None:
         pass
@@ -82,11 +86,12 @@ class HostTokens:
         torch.index_select(self._rows, 0, index, out=gathered.view(WORD))
         return copies.upload(gathered, self.device)
 
-    def write(self, index: Tensor, values: Tensor) -> None:
-        self._outbox.put(values, partial(self._store, index))
+    def write(self, index: Tensor, values: Tensor, column: int = 0) -> None:
+        self._outbox.put(values, partial(self._store, index, column))
 
-    def _store(self, index: Tensor, values: Tensor) -> None:
-        self._rows.index_copy_(0, index, values.view(WORD))
+    def _store(self, index: Tensor, column: int, values: Tensor) -> None:
+        place = self.values[:, column : column + values.shape[1]]
+        place.view(WORD).index_copy_(0, index, values.view(WORD))
 
     def settle(self) -> None:
         self._outbox.settle()

@@ -30,7 +30,7 @@ CHUNK_FRAMES = 2
 """Latent frames in a chunk, at most."""
 KEPT = 4
 """Features of a chunk between the layers before the attention and those after: x, q, k, v."""
-BAND_LIVE = 16
+BAND_LIVE = 18
 """Features of a band's positions at the peak of its layers, counted on the real shapes."""
 FEWEST_ROWS = 16
 """A lower band is nearly all halo."""
@@ -169,7 +169,7 @@ class WholeFrames:
                     raise
             else:
                 self.bands.append(band)
-                pace.keep_pace()
+                pace.keep_pace(1)
                 continue
             # Outside the handler, where the error no longer holds on to the band's tensors.
             waiting.append(band)
