@@ -217,6 +217,7 @@ def count_block(
         "chunks": chunks["finish"],
         "touched": max(touched.values(), default=0),
         "tokens": tokens,
+        "launched": dict(traffic.launched.most_common()),
     }
 
 

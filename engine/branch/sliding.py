@@ -31,37 +31,35 @@ COPIES_OF_KEPT_KEYS = 3
 
 
 @dataclass(frozen=True)
-class TileGroup:
-    """Query tiles of one size at one place along the streamed axis."""
+class Slots:
+    """Where tiles of one place find keys in the ring, which they read in one pattern."""
 
-    size: Grid
-    tiles: Tensor
-    """Where they start [tiles, 3]."""
-    read: Tensor
-    """Where the key windows start, [tiles, 3], where the ring lives."""
-    guide: Tensor | None
-    """Where what they read of the guide starts, [tiles, 3], where the ring lives."""
+    first: Tensor
+    """The slot that a pattern counts from, [tiles, 1]."""
+    pattern: Tensor
+    """[keys]"""
 
-    def rotations(self, tables: list[Tensor], start: int, stop: int) -> Tensor:
-        """Rotations [1, n, 1, d/2, 2, 2] of the tokens of tiles start to stop."""
-        rows = []
-        for axis, length in enumerate(self.size):
-            along = torch.arange(length, device=self.tiles.device)
-            rows.append(tables[axis][self.tiles[start:stop, axis, None] + along])
-        return join_axes(rows).flatten(0, 1)[None]
+    def of(self, start: int, stop: int) -> Tensor:
+        """The slots [tiles, keys] of tiles start to stop."""
+        return self.first[start:stop] + self.pattern
 
 
 @dataclass(frozen=True)
 class Place:
     """All query tiles at one place along the streamed axis, those of one size side by side."""
 
-    groups: list[TileGroup]
+    counts: list[tuple[Grid, int]]
+    """Tiles of every size."""
     stored: Tensor
     """Raster index of every token, tile by tile, where the tokens live."""
+    coordinates: Tensor
+    """Of every token [3, tokens], on the device that computes."""
     ends: list[int]
     """Tokens up to the end of every tile."""
     costs: list[int]
     """Tokens up to the end of every tile, counting what its keys take besides."""
+    keys: Slots
+    guide: Slots | None
     last_slice: int
     """Slices of the streamed axis that must be in the ring: up to, not including, this one."""
 
@@ -69,14 +67,19 @@ class Place:
         """The tokens of tiles start to stop."""
         return slice(self.ends[start - 1] if start else 0, self.ends[stop - 1])
 
-    def parts(self, start: int, stop: int) -> Iterator[tuple[TileGroup, int, int]]:
-        """Tiles start to stop as tiles of each group."""
+    def parts(self, start: int, stop: int) -> Iterator[tuple[Grid, int]]:
+        """Tiles start to stop: how many of every size."""
         first = 0
-        for group in self.groups:
-            a, b = max(start - first, 0), min(stop - first, len(group.tiles))
-            if a < b:
-                yield group, a, b
-            first += len(group.tiles)
+        for size, count in self.counts:
+            inside = min(stop - first, count) - max(start - first, 0)
+            if inside > 0:
+                yield size, inside
+            first += count
+
+    def slots(self, start: int, stop: int) -> Tensor:
+        """What tiles start to stop read of the ring [tiles, keys], of the guide last."""
+        own = self.keys.of(start, stop)
+        return own if self.guide is None else torch.cat([own, self.guide.of(start, stop)], dim=1)
 
 
 @dataclass(frozen=True)
@@ -92,12 +95,16 @@ class Prepared:
     guide_slots: Tensor | None
     """Of the guide's tokens in the ring, where it lives."""
 
-    def rotations_of(self, index: Tensor, grid: Grid) -> Tensor:
-        """Rotations [1, n, 1, d/2, 2, 2] of tokens at raster indices [n]."""
-        _, h, w = grid
-        coordinates = (index // (h * w), index // w % h, index % w)
+    def rotations(self, coordinates: Tensor) -> Tensor:
+        """Rotations [1, n, 1, d/2, 2, 2] of tokens at coordinates [3, n]."""
         rows = [table[i] for table, i in zip(self.tables, coordinates, strict=True)]
         return torch.cat(rows, dim=1)[None, :, None]
+
+
+def coordinates_of(index: Tensor, grid: Grid) -> Tensor:
+    """Coordinates [3, n] of tokens at raster indices [n]."""
+    _, h, w = grid
+    return torch.stack([index // (h * w), index // w % h, index % w])
 
 
 class SlidingAttention:
@@ -170,31 +177,47 @@ class SlidingAttention:
             by_place[tile.start[self.axis]][tile.size].append(tile)
         keys = self.windows.window.count
         keys += self.alignment.count.count if self.alignment is not None else 0
-        places = []
+        grid, places = self.windows.grid, []
         for _, by_size in sorted(by_place.items()):
-            groups, tokens, counts = [], [], []
-            for size, tiles in by_size.items():
-                groups.append(self._group(tiles, device, ring))
-                index = flat_index(self.windows.grid, starts_of(tiles, stored), size)
-                tokens.append(index.flatten())
-                counts.extend([size.count] * len(tiles))
+            tiles = [tile for group in by_size.values() for tile in group]
+            index = [
+                flat_index(grid, starts_of(group, device), size).flatten()
+                for size, group in by_size.items()
+            ]
+            counts = [tile.size.count for tile in tiles]
+            own, guide = self._slots(tiles, ring)
             window = self.windows.keys(tiles[0])
             places.append(
                 Place(
-                    groups,
-                    torch.cat(tokens),
+                    [(size, len(group)) for size, group in by_size.items()],
+                    torch.cat(index).to(stored),
+                    coordinates_of(torch.cat(index), grid),
                     list(accumulate(counts)),
                     list(accumulate(n + 2 * copied * keys // ATTENTION for n in counts)),
+                    own,
+                    guide,
                     window.start[self.axis] + window.size[self.axis],
                 )
             )
         return places
 
-    def _group(self, tiles: list[Box], device: torch.device, ring: torch.device) -> TileGroup:
-        keys, guide = [self.windows.keys(tile) for tile in tiles], None
-        if self.alignment is not None:
-            guide = starts_of([self.alignment.box(box) for box in keys], ring)
-        return TileGroup(tiles[0].size, starts_of(tiles, device), starts_of(keys, ring), guide)
+    def _slots(self, tiles: list[Box], device: torch.device) -> tuple[Slots, Slots | None]:
+        """Where tiles of one place find their windows' keys in the ring, and the guide's."""
+        windows, kept = self.windows, self.windows.ring
+        boxes = [windows.keys(tile) for tile in tiles]
+        # All windows of a place lie at the same slices; only there does the ring wrap around.
+        along = [0, 0, 0]
+        along[self.axis] = boxes[0].start[self.axis]
+        start = torch.tensor([along], device=device)
+        pattern = flat_index(kept, start, windows.window, wrap=kept)[0]
+        across = starts_of(boxes, device) - start
+        own = Slots(flat_index(kept, across, Grid(1, 1, 1)), pattern)
+        if self.alignment is None:
+            return own, None
+        alignment = self.alignment
+        starts = starts_of([alignment.box(box) for box in boxes], device)
+        first = flat_index(alignment.guide, starts, Grid(1, 1, 1)) + kept.count
+        return own, Slots(first, flat_index(alignment.guide, 0 * starts[:1], alignment.count)[0])
 
     def _fill(self, task: BlockTask, ring: Ring, last: int, prepared: Prepared) -> None:
         """Make keys and values of the slices up to `last` from tokens not yet written."""
@@ -214,7 +237,7 @@ class SlidingAttention:
         def compute(begin: int, end: int) -> None:
             x, rows = task.read(stored[begin:end])
             y = family.attention_input(task.block, x, rows)
-            freqs = prepared.rotations_of(index[begin:end], self.windows.grid)
+            freqs = prepared.rotations(coordinates_of(index[begin:end], self.windows.grid))
             keys = family.rotate(ev.parts.keys(task.block, y), ev.heads, freqs)
             values = family.values(task.block, y)
             ring.write(slots[begin:end], keys[0], values[0])
@@ -237,40 +260,25 @@ class SlidingAttention:
         x, rows = task.read(stored)
         # A call of its own, so that its queries, keys and values are gone before the feed-forward.
         y = task.ev.family.attention_input(task.block, x, rows)
-        attended = self._attended(task, prepared, list(place.parts(start, stop)), y)
+        attended = self._attended(task, prepared, place, (start, stop), y)
         del y
         task.finish(x, attended, rows, stored)
 
     def _attended(
-        self,
-        task: BlockTask,
-        prepared: Prepared,
-        parts: list[tuple[TileGroup, int, int]],
-        y: Tensor,
+        self, task: BlockTask, prepared: Prepared, place: Place, tiles: tuple[int, int], y: Tensor
     ) -> Tensor:
-        """Attention's output [1, n, C] for the inputs y [1, n, C] of some tiles of each group."""
+        """Attention's output [1, n, C] for the inputs y [1, n, C] of some tiles of a place."""
         ev, ring = task.ev, task.ring
         assert ring is not None
-        freqs = [group.rotations(prepared.tables, a, b) for group, a, b in parts]
-        turns = freqs[0] if len(freqs) == 1 else torch.cat(freqs, dim=1)
-        q = ev.family.rotate(ev.parts.queries(task.block, y), ev.heads, turns)
-        attended, first, window = [], 0, self.windows.window
-        for group, a, b in parts:
-            shape = b - a, group.size.count
-            last = first + shape[0] * shape[1]
-            both = ring.read(self._slots(ring, group, a, b))
-            keys = WindowKeys.split(both, window.count)
-            attended.append(task.attend(q[0, first:last].unflatten(0, shape), keys, window))
-            first = last
+        turns = prepared.rotations(place.coordinates[:, place.span(*tiles)])
+        q = ev.family.rotate(ev.parts.queries(task.block, y), ev.heads, turns)[0]
+        del turns
+        k, v = ring.read(place.slots(*tiles))
+        attended, first, n, window = [], 0, 0, self.windows.window
+        for size, count in place.parts(*tiles):
+            last = first + count * size.count
+            part = q[first:last].unflatten(0, (count, size.count))
+            keys = WindowKeys.split((k[n : n + count], v[n : n + count]), window.count)
+            attended.append(task.attend(part, keys, window))
+            first, n = last, n + count
         return attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)
-
-    def _slots(self, ring: Ring, group: TileGroup, start: int, stop: int) -> Tensor:
-        """What tiles start to stop read of the ring [tiles, keys], of the guide last."""
-        read = group.read[start:stop]
-        slots = flat_index(ring.grid, read, self.windows.window, wrap=ring.grid)
-        if group.guide is None:
-            return slots
-        assert self.alignment is not None
-        starts = group.guide[start:stop]
-        guide = flat_index(self.alignment.guide, starts, self.alignment.count)
-        return torch.cat([slots, guide + ring.guide_start], dim=1)
