@@ -18,6 +18,7 @@ SUBCOMMANDS = {
     "pipeline": "proxy, detail and decode against native sampling, stage by stage",
     "cost": "the plan's estimate of time against the clock",
     "decode": "the decode against the untiled and the stock tiled one",
+    "card": "all that a first session on a card should know, in eight minutes",
     "train": "memory and time of a training step over target tokens",
 }
 

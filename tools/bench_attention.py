@@ -68,8 +68,20 @@ UHD_81 = (21, 135, 240)
 UHD_161 = (41, 135, 240)
 
 
+COUNTED = (
+    {"what": "compact, shifted", "overlap": "shifted", "window": (4, 16, 16)},
+    {"what": "the same, weighted", "overlap": "shifted", "window": (4, 16, 16), "weight": 8.0},
+    {"what": "compact, sliding", "overlap": "sliding", "window": (4, 16, 16)},
+    {"what": "trained size, sliding", "overlap": "sliding", "window": (21, 30, 52)},
+)
+"""Blocks of the 1.3B model at 4K x 81 frames."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--count", action="store_true", help="count what a block moves and launches, without a card"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="leave out the sizes that take minutes"
     )
@@ -78,6 +90,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.case:
         print(json.dumps(run_one(**json.loads(args.case))))
+        return
+    if args.count:
+        import traffic
+
+        rows = [
+            {**traffic.count_block(grid=UHD_81, **{k: v for k, v in c.items() if k != "what"}), **c}
+            for c in COUNTED
+        ]
+        save_results("traffic", rows, traffic.table(rows))
         return
     import torch
 
@@ -93,18 +114,26 @@ def run_one(
     keep_blocks: int = 0,
     cap_gib: float | None = None,
     profile: bool = False,
+    overlap: str = "shifted",
+    chunk: int | None = None,
+    budget: str | None = None,
 ) -> dict[str, Any]:
     """Measures `what`: the `stock` forward, `ours`, or `products`, the matrix products of ours.
 
     `cap_gib` limits the card's memory for this process, weights included. With `profile` the
-    result says where the time of ours goes.
+    result says where the time of ours goes. `chunk` is how many tokens are evaluated at a time.
     """
     import torch
 
     if cap_gib is not None:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(cap_gib * 2**30 / total)
-    bench = Forward(SHAPES[shape], tuple(grid), window, keep_blocks, cap_gib)
+    if chunk is not None:
+        from atlasvid.engine.branch import forward
+
+        forward.CPU_CHUNK, forward.measured_chunk = chunk, lambda *_: chunk
+    choices = {"window": window, "keep_blocks": keep_blocks, "overlap": overlap, "budget": budget}
+    bench = Forward(SHAPES[shape], tuple(grid), cap_gib=cap_gib, **choices)
     with torch.inference_mode():
         call = {"stock": bench.stock, "ours": bench.ours, "products": bench.products}[what]
         if repeat > 1 and what != "stock":  # minutes long: its own first call warms it up
@@ -144,6 +173,8 @@ class Forward:
         window: list[int] | None = None,
         keep_blocks: int = 0,
         cap_gib: float | None = None,
+        overlap: str = "shifted",
+        budget: str | None = None,
     ):
         import torch
         from atlasvid.engine.branch.apply import apply_detail_branch
@@ -157,7 +188,8 @@ class Forward:
         space = latent_space(self.patcher)
         self.plan = plan_of(grid, space)
         proxy = torch.randn(1, space.channels, *self.plan.proxy_latent)
-        budget = "auto"
+        if budget is None:
+            budget = "auto"
         if cap_gib is not None:  # what "auto" takes on a card of that size
             budget = f"{(cap_gib - torch.cuda.memory_allocated() / 2**30) / 2:.1f} GB"
         self.patched = apply_detail_branch(
@@ -168,6 +200,7 @@ class Forward:
             "clean",
             memory_budget=budget,
             keep_blocks=keep_blocks,
+            overlap=overlap,
         )
         dtype = self.patcher.model.get_dtype_inference()
         self.x = torch.randn(1, space.channels, *self.plan.latent).to(device, dtype)

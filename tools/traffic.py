@@ -30,7 +30,17 @@ KINDS = {
     "gather and scatter": ("index", "gather", "scatter", "embedding"),
     "joining and copies": ("cat", "copy", "clone", "stack"),
 }
-NO_WORK = ("empty", "detach", "view", "alias", "_unsafe_view", "lift", "sym_", "new_empty", "device")
+NO_WORK = (
+    "empty",
+    "detach",
+    "view",
+    "alias",
+    "_unsafe_view",
+    "lift",
+    "sym_",
+    "new_empty",
+    "device",
+)
 ROWS_ONLY = ("index_select", "index", "gather", "embedding")
 """These read as much as they return, not all of what they read from."""
 INTO_ROWS = ("index_copy_", "index_put_", "scatter_")
@@ -54,7 +64,8 @@ class Traffic(TorchDispatchMode):
         made, name = _on_card(result), func.overloadpacket.__name__
         if (given or made) and not func.is_view and not name.startswith(NO_WORK):
             self.launched[name] += 1
-            if not any(word in name for word in ATTENTION) and name not in PRODUCTS:
+            from_host = name == "copy_" and len(given) == 1 and args[1].device != CARD
+            if not from_host and not any(w in name for w in ATTENTION) and name not in PRODUCTS:
                 self.moved[kind_of(name)] += _bytes_moved(name, func, args, given, made)
         return result
 
@@ -88,6 +99,7 @@ def simulated_card() -> Iterator[None]:
     from atlasvid.engine.branch import weighted
     from atlasvid.engine.comfyui import management, models
     from atlasvid.engine.device import copies
+    from atlasvid.engine.families import fused
 
     mark = type("Mark", (), {"wait": lambda self: None})
     flash = torch.ops.aten._scaled_dot_product_flash_attention
@@ -101,6 +113,8 @@ def simulated_card() -> Iterator[None]:
             (copies, "upload", lambda buffer, device: buffer.to(device, non_blocking=True)),
             (management, "raise_if_cancelled", lambda: None),
             (models, "apply_rope", rope),
+            (fused, "agree", lambda *_: True),
+            (fused, "_agreed", {}),
             (weighted, "_attention_with_sums", lambda *_: lambda q, k, v: flash(q, k, v)[:2]),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
@@ -206,7 +220,8 @@ def count_block(
         with torch.no_grad(), counted_calls(BlockTask, "finish", chunks):
             attention.evaluate(task, 0)  # makes what depends on geometry alone
             chunks.clear()
-            with Traffic() as traffic, offloaded(net) as touched:
+            held = models.held_weights
+            with Traffic() as traffic, offloaded(net) as touched, held(task.block, ev.x):
                 attention.evaluate(task, 0)
     vector = 2 * dim * tokens
     kinds = {kind: count / vector for kind, count in traffic.moved.most_common()}
@@ -243,12 +258,16 @@ def offloaded(net: Any) -> Iterator[Counter[int]]:
     stock = comfy.ops.cast_bias_weight
 
     def counted(layer: Any, *args: Any, **kwargs: Any) -> Any:
-        touched[id(layer)] += 1
+        if layer.weight is not None and layer.weight.device != CARD:
+            touched[id(layer)] += 1
         return stock(layer, *args, **kwargs)
 
-    layers = [x for x in net.modules() if hasattr(x, "comfy_cast_weights")]
+    layers: list[Any] = [x for x in net.modules() if hasattr(x, "comfy_cast_weights")]
     for layer in layers:
         layer.comfy_cast_weights = True
+        for name, weight in layer._parameters.items():
+            if weight is not None:
+                layer._parameters[name] = torch.empty(weight.shape, dtype=weight.dtype)
     try:
         with mock.patch.object(comfy.ops, "cast_bias_weight", counted):
             yield touched

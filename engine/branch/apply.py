@@ -130,9 +130,10 @@ class DetailBranch:
         if not self.settings.is_active(given.options.get("sigmas")):
             return executor(x, timestep, context, *args, **kw)
         given.require_known()
-        run, net = run_of(given.options), executor.class_obj
-        branch = DetailForward(net, self.family, self.settings, run, given.options)
-        return branch(x, timestep, given)
+        with run_of(given.options) as run:
+            net = executor.class_obj
+            branch = DetailForward(net, self.family, self.settings, run, given.options)
+            return branch(x, timestep, given)
 
     def prepare(self, executor: Any, patcher: Any, noise_shape: Any, *args: Any, **kw: Any) -> Any:
         """PREPARE_SAMPLING wrapper: loads weights beside what this forward needs, no more."""

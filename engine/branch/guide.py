@@ -103,7 +103,10 @@ class GuideStream:
     def __init__(self, ev: Evaluation):
         lora = ev.settings.guide_lora
         self.ev = ev
-        self.net = ev.net if lora is None else lora.view(ev.net)
+        self.net = ev.net
+        if lora is not None:  # its factors stay on the device for the run
+            key = "guide", id(ev.net), id(lora)
+            self.net = ev.run.once(key, lambda: lora.view(ev.net, ev.x))
 
     @property
     def _key(self) -> tuple:
@@ -162,15 +165,16 @@ class GuideStream:
             keys, values = torch.empty_like(tokens), torch.empty_like(tokens)
             for item in range(len(tokens)):
                 self._fill_keys(block, tokens[item], rows[item], (keys[item], values[item]))
+            # All of the block at once: its weights are here now.
+            if i < len(blocks) - 1:
+                rotated = family.rotate(keys, ev.heads, given.freqs)
+                for item in range(len(tokens)):
+                    one = slice(item, item + 1)
+                    x, text = tokens[one], ev.text.of(item)
+                    self._attend(block, x, rows[item], (rotated[one], values[one]), given.freqs)
+                    per_token(ev, block, x, rows[item], text)
+                del rotated
             yield keys, values
-            if i == len(blocks) - 1:
-                return
-            keys = family.rotate(keys, ev.heads, given.freqs)
-            for item in range(len(tokens)):
-                one = slice(item, item + 1)
-                x, text = tokens[one], ev.text.of(item)
-                self._attend(block, x, rows[item], (keys[one], values[one]), given.freqs)
-                per_token(ev, block, x, rows[item], text)
             del keys, values
 
     def _fill_keys(self, block: Any, x: Tensor, rows: Modulation, pair: Pair) -> None:

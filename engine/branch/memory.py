@@ -29,7 +29,8 @@ class Workload:
     Args:
         itemsize: bytes per number of the tokens.
         tokens, guide_tokens: of all batch items together.
-        ring_tokens: tokens whose keys and values sliding windows keep, of one item; the guide's too.
+        ring_tokens: tokens, the guide's too, whose keys and values sliding windows keep, of one
+            item.
         window_keys: keys that one window or tile reads.
         keep_guide: whether the guide's keys and values serve every step.
         conditionings: how many of them keep a guide of their own (2 when they run one by one).

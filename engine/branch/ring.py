@@ -13,7 +13,7 @@ class Ring:
     """Rotated keys and values of the last slices along the streamed axis, the guide's behind them.
 
     Shared by all blocks and batch items of a forward, which fill it one after the other. A window's
-    keys and values and those that it reads of the guide lie in one tensor, so one gather joins them.
+    keys and values and those that it reads of the guide lie in one tensor: one gather joins them.
 
     Args:
         grid: the target's tokens, with the streamed axis cut to a key window's length.

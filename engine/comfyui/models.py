@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import comfy.ldm.common_dit
@@ -219,6 +219,88 @@ def weights(module: Any, like: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]
             yield weight, bias
     finally:
         comfy.ops.uncast_bias_weight(module, weight, bias, offloaded)
+
+
+@contextmanager
+def held_weights(module: torch.nn.Module, like: Tensor) -> Iterator[None]:
+    """While open, weights that are kept elsewhere, or in another dtype, are brought to `like` once.
+
+    Else every call of a layer brings its own. Quantised layers, which compute with what they store,
+    and those of other packs are left as they are.
+    """
+    with ExitStack() as stack:
+        for layer in module.modules():
+            if _is_brought(layer, like):
+                stack.enter_context(_held(layer, like))
+        yield
+
+
+HELD_LAYERS = ("Linear", "LayerNorm", "RMSNorm")
+
+
+def _is_brought(layer: Any, like: Tensor) -> bool:
+    """Whether a layer casts its weights as the stock ones do, and has to."""
+    weight = getattr(layer, "weight", None)
+    if not getattr(layer, "comfy_cast_weights", False) or weight is None:
+        return False
+    cast = getattr(type(layer), "forward_comfy_cast_weights", None)
+    stock = (getattr(comfy.ops.disable_weight_init, name) for name in HELD_LAYERS)
+    if cast not in [kind.forward_comfy_cast_weights for kind in stock]:
+        return False
+    quantised = getattr(comfy.ops, "QuantizedTensor", None)
+    if quantised is not None and isinstance(weight, quantised):
+        return False
+    elsewhere = weight.device != like.device or weight.dtype != like.dtype
+    return elsewhere or bool(layer.weight_function) or bool(layer.bias_function)
+
+
+@contextmanager
+def _held(layer: Any, like: Tensor) -> Iterator[None]:
+    """A layer with its weights as `like`; its own are back afterwards."""
+    dynamic = hasattr(layer, "_v")
+    result = comfy.ops.cast_bias_weight(layer, like, offloadable=dynamic)
+    weight, bias, place = result if dynamic else (*result, None)
+    if place is not None and place[0] is not None and place[1] is None:
+        # In a buffer that the next layer's weights are brought to.
+        weight, bias = weight.clone(), None if bias is None else bias.clone()
+    kept = dict(layer._parameters), layer.weight_function, layer.bias_function
+    layer._parameters["weight"] = weight
+    if bias is not None:
+        layer._parameters["bias"] = bias
+    layer.weight_function = layer.bias_function = []
+    try:
+        yield
+    finally:
+        layer._parameters.update(kept[0])
+        layer.weight_function, layer.bias_function = kept[1:]
+        if place is not None:
+            comfy.ops.uncast_bias_weight(layer, weight, bias, place)
+
+
+def weights_ahead(
+    blocks: Sequence[torch.nn.Module], device: torch.device, options: dict
+) -> Callable[[torch.nn.Module | None], None]:
+    """Brings the next block's weights while one computes, where this ComfyUI can.
+
+    Call the result with every block before it is evaluated, and with None after the last.
+    """
+    try:
+        import comfy.model_prefetch as ahead
+    except ImportError:  # before ComfyUI 0.30
+        return lambda _: None
+    queue = ahead.make_prefetch_queue(list(blocks), device, options)
+    return lambda block: ahead.prefetch_queue_pop(queue, device, block)
+
+
+def is_plain_linear(layer: Any) -> bool:
+    """Whether a layer is one of ComfyUI's own that multiplies with its weight as it is."""
+    cast = getattr(type(layer), "forward_comfy_cast_weights", None)
+    quantised = getattr(comfy.ops, "QuantizedTensor", None)
+    return (
+        cast is comfy.ops.disable_weight_init.Linear.forward_comfy_cast_weights
+        and not (quantised is not None and isinstance(layer.weight, quantised))
+        and not layer._forward_hooks
+    )
 
 
 def linear_input_gradient(linear: Any, gradient: Tensor) -> Tensor:

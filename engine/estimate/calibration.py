@@ -6,7 +6,6 @@ layers, because small matrices run far below a device's best rate.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..comfyui import management, media, models, server
+from ..comfyui import management, media, models
+from ..device import tuning
 from ..vae.cpu import residual_block
 from .cost import ModelShape, Rates
 
@@ -31,20 +31,20 @@ CARD_FLOPS = 4e11
 
 def rates_of(shape: ModelShape, file: Path | None = None) -> Rates:
     """This machine's rates for a model, measured at the first call and kept in `file`."""
-    file = file or calibration_file()
     if (rates := known_rates(shape, file)) is not None:
         return rates
     device = management.compute_device()
     rates = measure(shape, device, management.compute_dtype(device))
-    known = _read(file) | {_key(shape): asdict(rates)}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(known, indent=1) + "\n", "utf-8")
+    tuning.remember(_key(shape), asdict(rates), file)
+    if device.type == "cuda":
+        sweep = chunk_sweep(shape, device, management.compute_dtype(device))
+        tuning.remember(tuning.chunk_key(device, shape.dim), {"tokens": best_chunk(sweep)}, file)
     return rates
 
 
 def known_rates(shape: ModelShape, file: Path | None = None) -> Rates | None:
     """The rates measured before, or None."""
-    found = _read(file or calibration_file()).get(_key(shape))
+    found = tuning.read(file).get(_key(shape))
     return Rates(**found) if found else None
 
 
@@ -52,19 +52,6 @@ def _key(shape: ModelShape) -> str:
     device = management.compute_device()
     dtype = management.compute_dtype(device)
     return f"{VERSION}, {management.device_name(device)}, {dtype}, {shape.dim} x {shape.ffn_dim}"
-
-
-def calibration_file() -> Path:
-    """Where measurements are kept: in ComfyUI's folder of user files."""
-    return server.user_folder() / "atlasvid" / "calibration.json"
-
-
-def _read(file: Path) -> dict[str, dict[str, float]]:
-    """What was measured before; nothing where the file is missing or broken."""
-    try:
-        return json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
 
 
 @torch.no_grad()
@@ -132,6 +119,42 @@ def measure(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> Rate
         transfer=block.numel() / transfer,
         wide_attention=4 * side**2 * wide / wide_attention,
     )
+
+
+CHUNKS = (8_192, 16_384, 32_768, 65_536, 131_072)
+GAIN = 0.02
+"""What a larger chunk must gain to be worth its memory."""
+
+
+@torch.no_grad()
+def chunk_sweep(
+    shape: ModelShape, device: torch.device, dtype: torch.dtype, chunks: tuple[int, ...] = CHUNKS
+) -> dict[int, float]:
+    """Seconds per token of a block's widest part over how many tokens are computed at a time."""
+    up = torch.randn((shape.ffn_dim, shape.dim), device=device, dtype=dtype)
+    down = torch.randn((shape.dim, shape.ffn_dim), device=device, dtype=dtype)
+    found: dict[int, float] = {}
+    for tokens in chunks:
+        try:
+            x = torch.randn((tokens, shape.dim), device=device, dtype=dtype)
+
+            def part(x: Tensor = x) -> None:
+                y = F.layer_norm(x, (shape.dim,))
+                y = F.linear(F.gelu(F.linear(y, up), approximate="tanh"), down)
+                torch.addcmul(x, y, x)
+
+            found[tokens] = _best(device, part) / tokens
+        except Exception as error:
+            if not management.is_out_of_memory(error):
+                raise
+            break
+    return found
+
+
+def best_chunk(sweep: dict[int, float]) -> int:
+    """The smallest chunk that is nearly as fast as the fastest."""
+    fastest = min(sweep.values())
+    return min(tokens for tokens, seconds in sweep.items() if seconds <= fastest * (1 + GAIN))
 
 
 def _convolution_rate(channels: int, device: torch.device, dtype: torch.dtype) -> float:

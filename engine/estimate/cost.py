@@ -249,8 +249,8 @@ class Memory:
     card: int
     """On the card with all weights on it."""
     card_least: int
-    """On the card with tokens, a ring and all weights but two blocks' in host memory, or in a decode
-    by the smallest pieces: what has to fit."""
+    """On the card with tokens, a ring and all weights but two blocks' in host memory, or in a
+    decode of the smallest pieces: what has to fit."""
     host: int
     disk: int
 

@@ -165,7 +165,7 @@ class TiledDecoder:
 
     @torch.inference_mode()
     def _tile_images(self, x: Tensor, cache: Cache, regions: list[Region], first: bool) -> Tensor:
-        """Frames as the core makes images of them [t, height, width, 3] in [0, 1], on the device."""
+        """Frames as the core makes images of them [t, height, width, 3], on the device."""
         vae = self.vae
         with management.device_context(vae):
             pixels = self.decoder.pixels(x, cache, regions, first)[0]
@@ -257,10 +257,8 @@ def plan_tiles(
     """
     limit = parse_budget(budget)
     reachable = int(MEMORY_SHARE * management.reachable_vae_memory(vae))
-    if limit is None:
-        grid = frugal_grid(cost, reachable, work_limit)
-    else:
-        grid = grid_within(cost, limit)
+    automatic = limit is None
+    grid = frugal_grid(cost, reachable, work_limit) if automatic else grid_within(cost, limit)
     whole = _room(coder, cost, reachable if limit is None else limit)
     management.load_vae_weights(vae, max(cost.peak_bytes(grid), whole.peak))
     free = int(MEMORY_SHARE * management.free_vae_memory(vae))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ class Room:
 
 
 def room(stage: Stage, height: int, width: int, element_bytes: int, limit: int) -> Room:
-    """The fewest bands that fit `limit` bytes, on the device if it can be; else the least of all."""
+    """The fewest bands that fit `limit` bytes, on the device if it can be; else the least."""
     places = [
         Room(n, on_device, _peak(stage, height, width, element_bytes, n, on_device))
         for on_device in (True, False)
@@ -131,7 +132,7 @@ class WholeFrames:
         self.device = device
         self.place = device if room.on_device else copies.cpu()
         edges = [i * self.height // room.bands for i in range(room.bands + 1)]
-        spans = [Span(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        spans = [Span(a, b) for a, b in pairwise(edges)]
         self.bands = [Band(span, new_cache(), new_cache()) for span in spans]
         self._kept: dict[str, Tensor] = {}
 
