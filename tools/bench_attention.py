@@ -30,15 +30,18 @@ class Shape:
         from atlasvid.engine.comfyui import models
         from atlasvid.engine.families import tiny
 
-        return models.load_diffusion_model(
-            tiny.wan_state(
-                matrices=getattr(torch, self.dtype),
-                dim=self.dim,
-                ffn_dim=self.ffn_dim,
-                num_heads=self.dim // 128,
-                num_layers=self.layers,
-            )
+        state = tiny.wan_state(
+            matrices=getattr(torch, self.dtype),
+            dim=self.dim,
+            ffn_dim=self.ffn_dim,
+            num_heads=self.dim // 128,
+            num_layers=self.layers,
         )
+        if self.dtype.startswith("float8"):  # as the files that people load: with scales
+            fp8 = [name for name, x in state.items() if x.dtype == getattr(torch, self.dtype)]
+            scales = {f"{name.removesuffix('weight')}scale_weight": torch.ones(()) for name in fp8}
+            state |= scales | {"scaled_fp8": torch.zeros(0, dtype=getattr(torch, self.dtype))}
+        return models.load_diffusion_model(state)
 
 
 SHAPES = {
@@ -47,6 +50,7 @@ SHAPES = {
     "tiny, one block": Shape(256, 1024, 1, "float32"),
     "1.3B": Shape(1536, 8960, 30, "bfloat16"),
     "1.3B, one block": Shape(1536, 8960, 1, "bfloat16"),
+    "tiny fp8": Shape(256, 1024, 2, "float8_e4m3fn"),
     "14B fp8": Shape(5120, 13824, 40, "float8_e4m3fn"),
 }
 # Token grids (frames, height, width) with a guide of a quarter of the size along every axis.
@@ -232,9 +236,11 @@ class Forward:
         return float(len(model.blocks) * per_token * self.plan.tokens.count)
 
     def products(self) -> None:
-        """The matrix products of our forward alone, on the same shapes and chunks."""
+        """The matrix products of our forward alone, on the same shapes, chunks and kernel."""
         import torch
+        from atlasvid.engine.branch.attention import override_for
         from atlasvid.engine.branch.memory import CPU_CHUNK, CUDA_CHUNK
+        from atlasvid.engine.comfyui import models
         from atlasvid.engine.geometry.windows import COMPACT
 
         model = self.patcher.model.diffusion_model
@@ -246,10 +252,12 @@ class Forward:
         linear += [block.cross_attn.q, block.cross_attn.o, block.ffn[0]]
         x = torch.randn(most, model.dim).to(self.x)
         wide = torch.randn(most, model.ffn_dim).to(self.x)
-        q = torch.randn(most // window, heads, window, 128).to(self.x)
-        k = torch.randn(most // window, heads, keys, 128).to(self.x)
-        text = torch.randn(1, heads, self.text.shape[1], 128).to(self.x)
-        cross = q.transpose(0, 1).reshape(1, heads, -1, 128)
+        q = torch.randn(most // window, window, model.dim).to(self.x)
+        k = torch.randn(most // window, keys, model.dim).to(self.x)
+        text = torch.randn(1, self.text.shape[1], model.dim).to(self.x)
+        cross = q.view(1, -1, model.dim)
+        override = override_for("auto", self.x.device)
+        options = {"optimized_attention_override": override} if override else {}
         for _ in model.blocks:
             for start in range(0, tokens, most):
                 n = min(most, tokens - start)
@@ -257,9 +265,8 @@ class Forward:
                     layer(x[:n])
                 block.ffn[2](wide[:n])
                 windows = -(-n // window)
-                for queries, both in ((q[:windows], k[:windows]), (cross[:, :, :n], text)):
-                    # Fused: no score matrix in memory.
-                    torch.nn.functional.scaled_dot_product_attention(queries, both, both)
+                for queries, both in ((q[:windows], k[:windows]), (cross[:, :n], text)):
+                    models.attention(queries, both, both, heads, options)
 
     def profile(self) -> dict[str, float]:
         """Seconds of one forward by kind of work."""

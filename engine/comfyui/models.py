@@ -22,6 +22,7 @@ import node_helpers
 import torch
 from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Wrappers = comfy.patcher_extension.WrappersMP
 
@@ -96,6 +97,25 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor) 
     q [B, Lq, C], k and v [B, Lk, C], bias broadcast to [B, heads, Lq, Lk] -> [B, Lq, C].
     """
     return comfy.ldm.modules.attention.attention_pytorch(q, k, v, heads=heads, mask=bias)
+
+
+CUDNN_FIRST = (
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+)
+"""PyTorch's kernels for attention in an order other than ComfyUI's, which has flash first."""
+
+
+def cudnn_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, **kwargs: Any) -> Tensor:
+    """PyTorch's attention by cuDNN where that can, with the parameters of ComfyUI's attentions."""
+    if kwargs.get("mask") is not None or kwargs.get("skip_reshape") or q.ndim != 3:
+        return comfy.ldm.modules.attention.attention_pytorch(q, k, v, heads=heads, **kwargs)
+    by_head = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    with sdpa_kernel(list(CUDNN_FIRST), set_priority=True):
+        out = torch.nn.functional.scaled_dot_product_attention(*by_head)
+    return out.transpose(1, 2).flatten(2)
 
 
 def attention_function(name: str) -> Callable | None:
@@ -225,12 +245,15 @@ def weights(module: Any, like: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]
 def held_weights(module: torch.nn.Module, like: Tensor) -> Iterator[None]:
     """While open, weights that are kept elsewhere, or in another dtype, are brought to `like` once.
 
-    Else every call of a layer brings its own. Quantised layers, which compute with what they store,
-    and those of other packs are left as they are.
+    Else every call of a layer brings its own. Quantised weights stay so; layers of other packs are
+    left as they are, and with dynamic VRAM quantised ones too: `weights_ahead` brings those.
     """
     with ExitStack() as stack:
         for layer in module.modules():
-            if _is_brought(layer, like):
+            if _is_quantised(layer):
+                if _can_move(layer, like):
+                    stack.enter_context(_moved(layer, like))
+            elif _is_brought(layer, like):
                 stack.enter_context(_held(layer, like))
         yield
 
@@ -247,11 +270,37 @@ def _is_brought(layer: Any, like: Tensor) -> bool:
     stock = (getattr(comfy.ops.disable_weight_init, name) for name in HELD_LAYERS)
     if cast not in [kind.forward_comfy_cast_weights for kind in stock]:
         return False
-    quantised = getattr(comfy.ops, "QuantizedTensor", None)
-    if quantised is not None and isinstance(weight, quantised):
-        return False
     elsewhere = weight.device != like.device or weight.dtype != like.dtype
     return elsewhere or bool(layer.weight_function) or bool(layer.bias_function)
+
+
+def _is_quantised(layer: Any) -> bool:
+    quantised = getattr(comfy.ops, "QuantizedTensor", None)
+    return quantised is not None and isinstance(getattr(layer, "weight", None), quantised)
+
+
+def _can_move(layer: Any, like: Tensor) -> bool:
+    """Whether a quantised layer of ComfyUI's own only has to be brought to the device."""
+    return (
+        type(layer).forward.__module__ == "comfy.ops"
+        and layer.weight.device != like.device
+        and not (hasattr(layer, "_v") or layer.weight_function or layer.bias_function)
+    )
+
+
+@contextmanager
+def _moved(layer: Any, like: Tensor) -> Iterator[None]:
+    """A quantised layer on the device of `like`, as it is stored."""
+    kept = dict(layer._parameters)
+    for name, tensor in kept.items():
+        if tensor is not None:
+            dtype = None if name == "weight" else like.dtype
+            moved = comfy.model_management.cast_to(tensor, dtype, like.device)
+            layer._parameters[name] = moved
+    try:
+        yield
+    finally:
+        layer._parameters.update(kept)
 
 
 @contextmanager
@@ -295,10 +344,9 @@ def weights_ahead(
 def is_plain_linear(layer: Any) -> bool:
     """Whether a layer is one of ComfyUI's own that multiplies with its weight as it is."""
     cast = getattr(type(layer), "forward_comfy_cast_weights", None)
-    quantised = getattr(comfy.ops, "QuantizedTensor", None)
     return (
         cast is comfy.ops.disable_weight_init.Linear.forward_comfy_cast_weights
-        and not (quantised is not None and isinstance(layer.weight, quantised))
+        and not _is_quantised(layer)
         and not layer._forward_hooks
     )
 
