@@ -75,6 +75,12 @@ UHD_161 = (41, 135, 240)
 COUNTED = (
     {"what": "compact, shifted", "overlap": "shifted", "window": (4, 16, 16)},
     {"what": "the same, weighted", "overlap": "shifted", "window": (4, 16, 16), "weight": 8.0},
+    {
+        "what": "compact, shifted, rotations in steps",
+        "overlap": "shifted",
+        "window": (4, 16, 16),
+        "fused_rope": False,
+    },
     {"what": "compact, sliding", "overlap": "sliding", "window": (4, 16, 16)},
     {"what": "trained size, sliding", "overlap": "sliding", "window": (21, 30, 52)},
 )

@@ -94,8 +94,13 @@ def _size(tensor: torch.Tensor) -> int:
 
 
 @contextmanager
-def simulated_card() -> Iterator[None]:
-    """Simulated CUDA tensors, with what asks a driver or has no simulation replaced."""
+def simulated_card(fused_rope: bool) -> Iterator[None]:
+    """Simulated CUDA tensors, with what asks a driver or has no simulation replaced.
+
+    Args:
+        fused_rope: rotations in one pass, as comfy-kitchen has them for CUDA 13; else in steps.
+    """
+    import comfy.ldm.flux.math
     from atlasvid.engine.branch import weighted
     from atlasvid.engine.comfyui import management, models
     from atlasvid.engine.device import copies
@@ -112,7 +117,7 @@ def simulated_card() -> Iterator[None]:
             (copies, "Mark", lambda _: mark()),
             (copies, "upload", lambda buffer, device: buffer.to(device, non_blocking=True)),
             (management, "raise_if_cancelled", lambda: None),
-            (models, "apply_rope", rope),
+            (models, "apply_rope", rope if fused_rope else comfy.ldm.flux.math._apply_rope1),
             (fused, "agree", lambda *_: True),
             (fused, "_agreed", {}),
             (weighted, "_attention_with_sums", lambda *_: lambda q, k, v: flash(q, k, v)[:2]),
@@ -147,8 +152,9 @@ def count_block(
     ffn_dim: int = 8960,
     chunk: int = 65_536,
     weight: float = 1.0,
+    fused_rope: bool = True,
 ) -> dict[str, Any]:
-    """One block on all tokens of a grid; seven parameters, each a size of its own.
+    """One block on all tokens of a grid; each parameter is one thing that it depends on.
 
     Returns:
         vectors per token by kind and in all, operations and chunks, and how often each weight was
@@ -176,7 +182,7 @@ def count_block(
     plan = plan_of(grid, LatentSpace(channels=16, spatial=8, temporal=4, patch=(1, 2, 2)))
     layout = Layout(plan, Grid(*window), overlap)
     size = ChunkSize(chunk)
-    with simulated_card():
+    with simulated_card(fused_rope):
 
         def vectors(*shape: int) -> torch.Tensor:
             return torch.empty((*shape, dim), dtype=torch.bfloat16, device=CARD)
