@@ -1,5 +1,7 @@
 """Counts the bytes that tensors would occupy, without allocating them."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch
@@ -9,10 +11,17 @@ from torch.utils._pytree import tree_leaves
 
 
 class MemoryTrace(TorchDispatchMode):
-    """While active, follows every storage that operations on meta tensors return."""
+    """While active, follows every storage that operations on meta or simulated tensors return.
 
-    def __init__(self) -> None:
+    Args:
+        device: the kind of device whose memory is counted; None for all.
+        limit: bytes above which it is out of memory, as an allocator is.
+    """
+
+    def __init__(self, device: str | None = None, limit: float = float("inf")) -> None:
         super().__init__()
+        self._device = device
+        self.limit = limit
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
         self.peak = 0
 
@@ -25,8 +34,11 @@ class MemoryTrace(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and self._device in (None, tensor.device.type):
                 storage = tensor.untyped_storage()
                 self._live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.peak = max(self.peak, self.live)
+        live = self.live
+        if live > self.limit:
+            raise torch.OutOfMemoryError(f"{live:,} bytes of {self.limit:,}")
+        self.peak = max(self.peak, live)
         return result

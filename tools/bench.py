@@ -19,6 +19,7 @@ SUBCOMMANDS = {
     "cost": "the plan's estimate of time against the clock",
     "decode": "the decode against the untiled and the stock tiled one",
     "flashvsr": "FlashVSR's parts against what they stand in for",
+    "card": "all that a first session on a card should know, in eight minutes",
     "train": "memory and time of a training step over target tokens",
 }
 

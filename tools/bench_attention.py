@@ -30,15 +30,18 @@ class Shape:
         from atlasvid.engine.comfyui import models
         from atlasvid.engine.families import tiny
 
-        return models.load_diffusion_model(
-            tiny.wan_state(
-                matrices=getattr(torch, self.dtype),
-                dim=self.dim,
-                ffn_dim=self.ffn_dim,
-                num_heads=self.dim // 128,
-                num_layers=self.layers,
-            )
+        state = tiny.wan_state(
+            matrices=getattr(torch, self.dtype),
+            dim=self.dim,
+            ffn_dim=self.ffn_dim,
+            num_heads=self.dim // 128,
+            num_layers=self.layers,
         )
+        if self.dtype.startswith("float8"):  # as the files that people load: with scales
+            fp8 = [name for name, x in state.items() if x.dtype == getattr(torch, self.dtype)]
+            scales = {f"{name.removesuffix('weight')}scale_weight": torch.ones(()) for name in fp8}
+            state |= scales | {"scaled_fp8": torch.zeros(0, dtype=getattr(torch, self.dtype))}
+        return models.load_diffusion_model(state)
 
 
 SHAPES = {
@@ -47,6 +50,7 @@ SHAPES = {
     "tiny, one block": Shape(256, 1024, 1, "float32"),
     "1.3B": Shape(1536, 8960, 30, "bfloat16"),
     "1.3B, one block": Shape(1536, 8960, 1, "bfloat16"),
+    "tiny fp8": Shape(256, 1024, 2, "float8_e4m3fn"),
     "14B fp8": Shape(5120, 13824, 40, "float8_e4m3fn"),
 }
 # Token grids (frames, height, width) with a guide of a quarter of the size along every axis.
@@ -68,8 +72,26 @@ UHD_81 = (21, 135, 240)
 UHD_161 = (41, 135, 240)
 
 
+COUNTED = (
+    {"what": "compact, shifted", "overlap": "shifted", "window": (4, 16, 16)},
+    {"what": "the same, weighted", "overlap": "shifted", "window": (4, 16, 16), "weight": 8.0},
+    {
+        "what": "compact, shifted, rotations in steps",
+        "overlap": "shifted",
+        "window": (4, 16, 16),
+        "fused_rope": False,
+    },
+    {"what": "compact, sliding", "overlap": "sliding", "window": (4, 16, 16)},
+    {"what": "trained size, sliding", "overlap": "sliding", "window": (21, 30, 52)},
+)
+"""Blocks of the 1.3B model at 4K x 81 frames."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--count", action="store_true", help="count what a block moves and launches, without a card"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="leave out the sizes that take minutes"
     )
@@ -78,6 +100,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.case:
         print(json.dumps(run_one(**json.loads(args.case))))
+        return
+    if args.count:
+        import traffic
+
+        rows = [
+            {**traffic.count_block(grid=UHD_81, **{k: v for k, v in c.items() if k != "what"}), **c}
+            for c in COUNTED
+        ]
+        save_results("traffic", rows, traffic.table(rows))
         return
     import torch
 
@@ -93,18 +124,26 @@ def run_one(
     keep_blocks: int = 0,
     cap_gib: float | None = None,
     profile: bool = False,
+    overlap: str = "shifted",
+    chunk: int | None = None,
+    budget: str | None = None,
 ) -> dict[str, Any]:
     """Measures `what`: the `stock` forward, `ours`, or `products`, the matrix products of ours.
 
     `cap_gib` limits the card's memory for this process, weights included. With `profile` the
-    result says where the time of ours goes.
+    result says where the time of ours goes. `chunk` is how many tokens are evaluated at a time.
     """
     import torch
 
     if cap_gib is not None:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(cap_gib * 2**30 / total)
-    bench = Forward(SHAPES[shape], tuple(grid), window, keep_blocks, cap_gib)
+    if chunk is not None:
+        from atlasvid.engine.branch import forward
+
+        forward.CPU_CHUNK, forward.measured_chunk = chunk, lambda *_: chunk
+    choices = {"window": window, "keep_blocks": keep_blocks, "overlap": overlap, "budget": budget}
+    bench = Forward(SHAPES[shape], tuple(grid), cap_gib=cap_gib, **choices)
     with torch.inference_mode():
         call = {"stock": bench.stock, "ours": bench.ours, "products": bench.products}[what]
         if repeat > 1 and what != "stock":  # minutes long: its own first call warms it up
@@ -113,6 +152,25 @@ def run_one(
         if profile:
             result["profile"] = bench.profile()
     return {**result, "tokens": math.prod(grid), "floor_flops": bench.flops()}
+
+
+def plan_of(grid: tuple[int, ...], space: Any) -> Any:
+    """A plan for a token grid (frames, height, width), with a guide a quarter as large."""
+    from atlasvid.engine.geometry.plan import Plan
+
+    f, h, w = grid
+    pixels = 2 * space.spatial
+    return Plan(
+        width=w * pixels,
+        height=h * pixels,
+        frames=4 * (f - 1) + 1,
+        fps=16.0,
+        temporal_stride=STRIDE,
+        proxy_width=w // 4 * pixels,
+        proxy_height=h // 4 * pixels,
+        proxy_frames=4 * ((f - 1) // STRIDE) + 1,
+        space=space,
+    )
 
 
 class Forward:
@@ -125,35 +183,23 @@ class Forward:
         window: list[int] | None = None,
         keep_blocks: int = 0,
         cap_gib: float | None = None,
+        overlap: str = "shifted",
+        budget: str | None = None,
     ):
         import torch
         from atlasvid.engine.branch.apply import apply_detail_branch
         from atlasvid.engine.comfyui import management
+        from atlasvid.engine.families.family import latent_space
         from atlasvid.engine.geometry.grid import Grid
-        from atlasvid.engine.geometry.plan import Plan
         from atlasvid.engine.geometry.windows import COMPACT
 
         self.patcher = shape.load()
         device = management.use_on_device(self.patcher)
-        f, h, w = grid
-        guide = ((f - 1) // STRIDE + 1, h // 4, w // 4)
-        from atlasvid.engine.families.family import latent_space
-
         space = latent_space(self.patcher)
-        pixels = 2 * space.spatial
-        self.plan = Plan(
-            width=w * pixels,
-            height=h * pixels,
-            frames=4 * (f - 1) + 1,
-            fps=16.0,
-            temporal_stride=STRIDE,
-            proxy_width=guide[2] * pixels,
-            proxy_height=guide[1] * pixels,
-            proxy_frames=4 * (guide[0] - 1) + 1,
-            space=space,
-        )
+        self.plan = plan_of(grid, space)
         proxy = torch.randn(1, space.channels, *self.plan.proxy_latent)
-        budget = "auto"
+        if budget is None:
+            budget = "auto"
         if cap_gib is not None:  # what "auto" takes on a card of that size
             budget = f"{(cap_gib - torch.cuda.memory_allocated() / 2**30) / 2:.1f} GB"
         self.patched = apply_detail_branch(
@@ -164,6 +210,7 @@ class Forward:
             "clean",
             memory_budget=budget,
             keep_blocks=keep_blocks,
+            overlap=overlap,
         )
         dtype = self.patcher.model.get_dtype_inference()
         self.x = torch.randn(1, space.channels, *self.plan.latent).to(device, dtype)
@@ -195,9 +242,11 @@ class Forward:
         return float(len(model.blocks) * per_token * self.plan.tokens.count)
 
     def products(self) -> None:
-        """The matrix products of our forward alone, on the same shapes and chunks."""
+        """The matrix products of our forward alone, on the same shapes, chunks and kernel."""
         import torch
+        from atlasvid.engine.branch.attention import override_for
         from atlasvid.engine.branch.memory import CPU_CHUNK, CUDA_CHUNK
+        from atlasvid.engine.comfyui import models
         from atlasvid.engine.geometry.windows import COMPACT
 
         model = self.patcher.model.diffusion_model
@@ -209,10 +258,12 @@ class Forward:
         linear += [block.cross_attn.q, block.cross_attn.o, block.ffn[0]]
         x = torch.randn(most, model.dim).to(self.x)
         wide = torch.randn(most, model.ffn_dim).to(self.x)
-        q = torch.randn(most // window, heads, window, 128).to(self.x)
-        k = torch.randn(most // window, heads, keys, 128).to(self.x)
-        text = torch.randn(1, heads, self.text.shape[1], 128).to(self.x)
-        cross = q.transpose(0, 1).reshape(1, heads, -1, 128)
+        q = torch.randn(most // window, window, model.dim).to(self.x)
+        k = torch.randn(most // window, keys, model.dim).to(self.x)
+        text = torch.randn(1, self.text.shape[1], model.dim).to(self.x)
+        cross = q.view(1, -1, model.dim)
+        override = override_for("auto", self.x.device)
+        options = {"optimized_attention_override": override} if override else {}
         for _ in model.blocks:
             for start in range(0, tokens, most):
                 n = min(most, tokens - start)
@@ -220,9 +271,8 @@ class Forward:
                     layer(x[:n])
                 block.ffn[2](wide[:n])
                 windows = -(-n // window)
-                for queries, both in ((q[:windows], k[:windows]), (cross[:, :, :n], text)):
-                    # Fused: no score matrix in memory.
-                    torch.nn.functional.scaled_dot_product_attention(queries, both, both)
+                for queries, both in ((q[:windows], k[:windows]), (cross[:, :n], text)):
+                    models.attention(queries, both, both, heads, options)
 
     def profile(self) -> dict[str, float]:
         """Seconds of one forward by kind of work."""

@@ -215,10 +215,10 @@ def picture() -> None:
         stock = decode("stock tiled", vae, latent, Path(folder))
     tiled = TiledDecoder(vae, latent)
     ours = torch.zeros_like(untiled)
-    for block in tiled.blocks(TileGrid(*PICTURE[1:], 3, 3)):
-        images, box = tiled.images(block), block.box
+    for piece in tiled.tiles(TileGrid(*PICTURE[1:], 3, 3)):
+        images, box = piece.images, piece.box
         rows, cols = slice(box.rows.start, box.rows.stop), slice(box.cols.start, box.cols.stop)
-        ours[block.start : block.start + len(images), rows, cols] = images
+        ours[piece.start : piece.start + len(images), rows, cols] = images
     draw_difference(untiled[-1], stock[-1], ours[-1])
 
 

@@ -82,14 +82,15 @@ def anonymous_peak(call: Callable[[], Any]) -> dict[str, float]:
     return {"seconds": seconds, "anonymous_bytes": peak, "anonymous_grown": peak - before}
 
 
-def run_case(subcommand: str, case: dict[str, Any]) -> dict[str, Any]:
+def run_case(subcommand: str, case: dict[str, Any], seconds: float | None = None) -> dict[str, Any]:
     """Measures one case in a fresh process, so that peaks do not hide each other.
 
-    Raises RuntimeError with the process's output when it fails.
+    Raises RuntimeError with the process's output when it fails, subprocess.TimeoutExpired when it
+    takes longer than `seconds`.
     """
     command = [sys.executable, str(ROOT / "tools" / "bench.py"), subcommand]
     command += ["--case", json.dumps(case)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
     if done.returncode:
         raise RuntimeError(f"{case} failed:\n{done.stderr[-2000:]}")
     result = {**case, **json.loads(done.stdout.splitlines()[-1])}

@@ -28,7 +28,10 @@ from environment import (
 
 CARD_TESTS = [
     "tests/engine/families/test_models.py",
-    *(f"tests/engine/branch/test_{name}.py" for name in ("detail", "weighted", "run", "compiled")),
+    *(
+        f"tests/engine/branch/test_{name}.py"
+        for name in ("half", "detail", "weighted", "run", "compiled")
+    ),
 ]
 
 

@@ -138,9 +138,10 @@ class DetailBranch:
         if not self.settings.is_active(given.options.get("sigmas")):
             return executor(x, timestep, context, *args, **kw)
         given.require_known()
-        run, net = run_of(given.options), executor.class_obj
-        branch = DetailForward(net, self.family, self.settings, run, given.options)
-        predicted = branch(x, timestep, given)
+        with run_of(given.options) as run:
+            net = executor.class_obj
+            branch = DetailForward(net, self.family, self.settings, run, given.options)
+            predicted = branch(x, timestep, given)
         if not predicted.isfinite().all() and x.isfinite().all():
             raise ValueError(
                 "The model's prediction contains NaN or infinite values, so the video would be of "

@@ -53,7 +53,61 @@ def override_for(backend: str, device: torch.device) -> Callable | None:
     name = models.started_attention()
     if name in QUANTISED:
         return lambda chosen, *args, **kwargs: verified(name, chosen, *args, **kwargs)
+    if name == "pytorch" and device.type == "cuda" and cudnn_is_faster(device):
+        return lambda _, *args, **kwargs: models.cudnn_attention(*args, **kwargs)
     return None
+
+
+CUDNN_SINCE = 9
+"""Major compute capability (Hopper) from which cuDNN's attention is worth a measurement: before, it
+is reported as fast as flash or slower."""
+WORTH = 0.95
+"""Share of flash's time below which cuDNN's is taken."""
+ROUNDED = 0.01
+"""Largest relative L1 error between two kernels that compute the same in half precision."""
+
+
+@cache
+def cudnn_is_faster(device: torch.device) -> bool:
+    """Whether cuDNN's attention is right and clearly faster here, on compact windows of 1.3B."""
+    if torch.cuda.get_device_capability(device)[0] < CUDNN_SINCE:
+        return False
+    pytorch = models.attention_function("pytorch")
+    if pytorch is None:
+        return False
+    heads, windows, queries, keys = 12, 32, 1_024, 1_104
+    sizes = ((windows, n, heads * 128) for n in (queries, keys, keys))
+    few = [torch.randn(size, device=device, dtype=torch.bfloat16) for size in sizes]
+    try:
+        expected = pytorch(*few, heads=heads).float()
+        given = models.cudnn_attention(*few, heads).float()
+    except Exception as error:
+        if management.is_out_of_memory(error):
+            return False
+        log.warning("AtlasVid: cuDNN's attention failed (%s); using ComfyUI's choice", error)
+        return False
+    difference = float((given - expected).abs().mean() / expected.abs().mean())
+    if not difference <= ROUNDED:  # true for NaN
+        log.warning("AtlasVid: cuDNN's attention is off by %.2g on this card", difference)
+        return False
+    took = [
+        _seconds(device, lambda call=call: call(*few, heads=heads))
+        for call in (models.cudnn_attention, pytorch)
+    ]
+    return took[0] < WORTH * took[1]
+
+
+def _seconds(device: torch.device, call: Callable[[], object], rounds: int = 5) -> float:
+    """Of the fastest of some rounds on a card."""
+    found = []
+    for _ in range(rounds):
+        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begun.record(torch.cuda.current_stream(device))
+        call()
+        ended.record(torch.cuda.current_stream(device))
+        ended.synchronize()
+        found.append(begun.elapsed_time(ended) / 1e3)
+    return min(found)
 
 
 def say_if_passed_over(backend: str, options: dict) -> None:

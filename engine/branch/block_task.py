@@ -50,31 +50,28 @@ class BlockTask:
         frames = index // (grid.height * grid.width)
         return self.modulation.of_tokens(copies.index_on(frames, self.ev.device))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, size: Grid, guide: Pair | None) -> Tensor:
-        """Attention of windows: one softmax over a window's keys and its aligned guide keys.
+    def attend(self, q: Tensor, keys: WindowKeys, size: Grid) -> Tensor:
+        """Attention of windows of `size`: one softmax over their keys and their guide's keys.
 
         Args:
             q: [n, L, C].
-            k, v: of windows of `size`, [n, size.count, C] in raster order.
-            guide: keys and values [n, K, C], always read whole.
 
         Returns:
             [1, n * L, C].
         """
         settings, options, heads = self.ev.settings, self.ev.options, self.ev.heads
         if settings.keep_blocks:
-            k, v = keep_blocks(q, (k, v), heads, size, settings.keep_blocks)
+            kept = keep_blocks(q, keys.own, heads, size, settings.keep_blocks)
+            keys = WindowKeys(kept, keys.guide)
         patches = options.get("patches", {}).get("attn1_patch", ())
-        if guide is not None and settings.guide_weight != 1:
-            out = weighted_attention(q, (k, v), guide, heads, settings.guide_weight)
-            if patches:
-                k = torch.cat([k, guide[0]], dim=1)
+        if keys.guide is not None and settings.guide_weight != 1:
+            out = weighted_attention(q, keys.own, keys.guide, heads, settings.guide_weight)
         else:
-            if guide is not None:
-                k, v = torch.cat([k, guide[0]], dim=1), torch.cat([v, guide[1]], dim=1)
-            out = models.attention(q, k, v, heads, options)
+            keys = WindowKeys(keys.own, keys.guide, keys.joined())
+            out = models.attention(q, *keys.joined(), heads, options)
         for patch in patches:
-            out = patch({"x": out, "q": q, "k": k, "transformer_options": options})
+            read = {"x": out, "q": q, "k": keys.joined()[0], "transformer_options": options}
+            out = patch(read)
         return out.reshape(1, -1, out.shape[-1])
 
     def finish(self, x: Tensor, attended: Tensor, rows: Modulation, index: Tensor) -> None:
@@ -83,6 +80,37 @@ class BlockTask:
         del attended
         per_token(self.ev, self.block, x, rows, self.text)
         self.tokens.write(index, x[0])
+
+
+@dataclass(frozen=True)
+class WindowKeys:
+    """Keys and values that windows read.
+
+    Args:
+        own: of the windows, [n, size.count, C] in raster order.
+        guide: of the guide, [n, K, C], always read whole; or None.
+        together: both side by side, where they are in memory.
+    """
+
+    own: Pair
+    guide: Pair | None
+    together: Pair | None = None
+
+    @classmethod
+    def split(cls, together: Pair, own: int) -> WindowKeys:
+        """The first `own` keys are the windows', the others the guide's."""
+        keys, values = together
+        guide = (keys[:, own:], values[:, own:]) if keys.shape[1] > own else None
+        return cls((keys[:, :own], values[:, :own]), guide, together)
+
+    def joined(self) -> Pair:
+        """Side by side [n, size.count + K, C]."""
+        if self.together is not None:
+            return self.together
+        if self.guide is None:
+            return self.own
+        keys, values = (torch.cat(each, dim=1) for each in zip(self.own, self.guide, strict=True))
+        return keys, values
 
 
 class WindowAttention(Protocol):

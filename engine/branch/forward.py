@@ -6,17 +6,18 @@ device or in host memory; nothing else has the grid's length.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..comfyui import management
+from ..comfyui import management, models
 from ..device.chunks import ChunkSize
 from ..device.tokens import DeviceTokens, HostTokens, Tokens
+from ..device.tuning import measured_chunk
 from ..families.family import Family
 from ..families.rotations import RopeAxes
 from ..geometry.layout import Layout
@@ -51,9 +52,7 @@ class DetailForward:
     def __init__(
         self, net: Any, family: Family, settings: DetailSettings, run: SamplingRun, options: dict
     ):
-        lora = settings.target_lora
-        self.base = net
-        self.net = net if lora is None else lora.view(net)
+        self.base = self.net = net
         self.family = family
         self.settings = settings
         self.run = run
@@ -85,23 +84,29 @@ class DetailForward:
             "Start the detail sampler from the AtlasVid Detail Latent of the same plan; context "
             "windows and area conditioning, which cut the latent, cannot be used with it.",
         )
+        if lora := self.settings.target_lora:  # its factors stay on the device for the run
+            key = "target", id(self.base), id(lora)
+            self.net = self.run.once(key, lambda: lora.view(self.base, x))
         self._set_options(x)
         ev = self._evaluation(x, timestep, given)
         e, e0 = self.family.time_embedding(self.net, timestep, x.dtype)
-        with ExitStack() as stack:
-            ring = self._ring(ev, stack)
-            if ring is not None and ring.index_device != x.device:
-                ev.chunk.stay_close()  # the keys that a chunk reads are many times its tokens
-            tokens, whole = self._store(ev, stack)
-            embed(ev, tokens)
-            guide = GuideStream(ev) if self.settings.guided else None
-            keys_of_blocks = guide.keys_of_blocks() if guide else repeat(None)
-            guide_phase = "guide" if guide and not guide.is_kept else "detail"
-            progress = self._progress()
-            for i in range(len(self.family.blocks(self.net))):
-                self.options["block_index"] = i
-                progress.at_block(i, guide_phase)
-                keys = tasks = None  # before those of the next block are made
+        blocks = self.family.blocks(self.net)
+        ahead = models.weights_ahead(blocks, x.device, self.options)
+        ring = self._ring(ev)
+        if ring is not None and ring.index_device != x.device:
+            ev.chunk.stay_close()  # the keys that a chunk reads are many times its tokens
+        tokens, whole = self._store(ev)
+        embed(ev, tokens)
+        guide = GuideStream(ev) if self.settings.guided else None
+        keys_of_blocks = guide.keys_of_blocks() if guide else repeat(None)
+        guide_phase = "guide" if guide and not guide.is_kept else "detail"
+        progress = self._progress()
+        for i, block in enumerate(blocks):
+            self.options["block_index"] = i
+            progress.at_block(i, guide_phase)
+            keys = tasks = None  # before those of the next block are made
+            ahead(block)
+            with models.held_weights(block, x):  # for all of its chunks
                 keys = next(keys_of_blocks)
                 progress.at_block(i, "detail")
                 tasks = self._tasks(ev, i, tokens, e0, keys, ring)
@@ -109,12 +114,13 @@ class DetailForward:
                     whole.copy_(self._replaced(i, whole, e0, tasks))
                 else:
                     self._block(i, tasks)
-                if whole is not None:
-                    self._patch(i, whole, x, e)
-            keys = tasks = None
-            if guide:
-                guide.finish(keys_of_blocks)
-            return head(ev, tokens, e)
+            if whole is not None:
+                self._patch(i, whole, x, e)
+        keys = tasks = None
+        if guide:
+            guide.finish(keys_of_blocks)
+        ahead(None)
+        return head(ev, tokens, e)
 
     def _set_options(self, x: Tensor) -> None:
         """What the stock forward tells other nodes' patches."""
@@ -157,10 +163,10 @@ class DetailForward:
             free = min(free, self.settings.budget)
         # Not all that is free: the allocator fragments, and other programs use the card too.
         share = free if self.settings.budget is not None else free * 3 // 4
-        most = CUDA_CHUNK if x.is_cuda else CPU_CHUNK
+        most = measured_chunk(x.device, shape.dim, CUDA_CHUNK) if x.is_cuda else CPU_CHUNK
         return plan_memory(work, share, management.host_free_memory(), most)
 
-    def _store(self, ev: Evaluation, stack: ExitStack) -> tuple[list[Tokens], Tensor | None]:
+    def _store(self, ev: Evaluation) -> tuple[list[Tokens], Tensor | None]:
         """The tokens of every video, and all of them as one tensor where that exists."""
         shape = len(ev.x), ev.plan.tokens.count, self.family.shape(self.net).dim
         patched = self._replacements() or self._patches()
@@ -171,29 +177,31 @@ class DetailForward:
             whole = management.empty_if_it_fits(ev.x, shape)
         if whole is not None:
             return [DeviceTokens(item) for item in whole], whole
-        return self._in_host_memory(ev.x, shape, stack), None
+        return self._in_host_memory(ev.x, shape, "tokens"), None
 
-    def _ring(self, ev: Evaluation, stack: ExitStack) -> Ring | None:
+    def _ring(self, ev: Evaluation) -> Ring | None:
         """What sliding windows keep of a block's keys and values."""
         if not isinstance(self.attention, SlidingAttention):
             return None
         grid = self.attention.windows.ring
-        shape = 2, grid.count, self.family.shape(self.net).dim
+        guide = self.settings.plan.proxy_tokens.count if self.settings.guided else 0
+        shape = 1, grid.count + guide, 2 * self.family.shape(self.net).dim
         fits = ev.memory.ring_on_device
-        pair = management.empty_if_it_fits(ev.x, shape) if fits else None
-        if pair is not None:
-            return Ring(grid, DeviceTokens(pair[0]), DeviceTokens(pair[1]))
-        return Ring(grid, *self._in_host_memory(ev.x, shape, stack))
+        tokens = management.empty_if_it_fits(ev.x, shape) if fits else None
+        if tokens is not None:
+            return Ring(grid, DeviceTokens(tokens[0]))
+        return Ring(grid, *self._in_host_memory(ev.x, shape, "ring"))
 
-    def _in_host_memory(
-        self, x: Tensor, shape: tuple[int, int, int], stack: ExitStack
-    ) -> list[Tokens]:
-        """A store [n, C] for each of the first axis of a shape."""
+    def _in_host_memory(self, x: Tensor, shape: tuple[int, int, int], what: str) -> list[Tokens]:
+        """A store [n, C] for each of the first axis of a shape.
+
+        The run's: memory that is new to the process is slow to write to, and takes as much again.
+        """
         stores: list[Tokens] = []
-        for _ in range(shape[0]):
-            store = HostTokens(shape[1], shape[2], x.dtype, x.device)
-            stack.callback(store.close)
-            stores.append(store)
+        for number in range(shape[0]):
+            key = what, number, *shape[1:], x.dtype, x.device
+            make = partial(HostTokens, shape[1], shape[2], x.dtype, x.device)
+            stores.append(self.run.once(key, make))
         return stores
 
     def _replacements(self) -> dict:

@@ -141,7 +141,10 @@ class GuideStream:
     def __init__(self, ev: Evaluation):
         lora = ev.settings.guide_lora
         self.ev = ev
-        self.net = ev.base if lora is None else lora.view(ev.base)
+        self.net = ev.base
+        if lora is not None:  # its factors stay on the device for the run
+            key = "guide", id(ev.base), id(lora)
+            self.net = ev.run.once(key, lambda: lora.view(ev.base, ev.x))
 
     @property
     def _key(self) -> tuple:
@@ -205,17 +208,19 @@ class GuideStream:
             keys, values = torch.empty_like(tokens), torch.empty_like(tokens)
             for item in range(len(tokens)):
                 self._fill_keys(block, tokens[item], rows[item], (keys[item], values[item]))
+            # All of the block at once: its weights are here now.
+            if i < len(blocks) - 1 or ev.settings.guide_is_joint:
+                rotated = family.rotate(keys, ev.heads, given.freqs)
+                for item in range(len(tokens)):
+                    one = slice(item, item + 1)
+                    x, text = tokens[one], ev.text.of(item)
+                    self._attend(block, x, rows[item], (rotated[one], values[one]), given.freqs)
+                    per_token(ev, block, x, rows[item], text)
+                del rotated
             yield keys, values
-            if i == len(blocks) - 1 and not ev.settings.guide_is_joint:
-                return
-            keys = family.rotate(keys, ev.heads, given.freqs)
-            for item in range(len(tokens)):
-                one = slice(item, item + 1)
-                x, text = tokens[one], ev.text.of(item)
-                self._attend(block, x, rows[item], (keys[one], values[one]), given.freqs)
-                per_token(ev, block, x, rows[item], text)
             del keys, values
-        self._record(tokens, given.e)
+        if ev.settings.guide_is_joint:
+            self._record(tokens, given.e)
 
     def _record(self, tokens: Tensor, e: Tensor) -> None:
         """Give the joint guide the velocity [B, C, F_g, H_g, W_g] that its own tokens predict."""

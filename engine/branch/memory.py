@@ -29,7 +29,8 @@ class Workload:
     Args:
         itemsize: bytes per number of the tokens.
         tokens, guide_tokens: of all batch items together.
-        ring_tokens: tokens whose keys and values sliding windows keep, of one item.
+        ring_tokens: tokens, the guide's too, whose keys and values sliding windows keep, of one
+            item.
         window_keys: keys that one window or tile reads.
         keep_guide: whether the guide's keys and values serve every step.
         conditionings: how many of them keep a guide of their own (2 when they run one by one).
@@ -62,14 +63,15 @@ class Workload:
         Six parameters: each is read by another of the sizes.
         """
         plan = layout.plan
+        guide = plan.proxy_tokens.count if guided else 0
         return cls(
             dim=shape.dim,
             ffn_dim=shape.ffn_dim,
             layers=shape.layers,
             itemsize=itemsize,
             tokens=videos * plan.tokens.count,
-            guide_tokens=videos * plan.proxy_tokens.count if guided else 0,
-            ring_tokens=layout.ring_tokens,
+            guide_tokens=videos * guide,
+            ring_tokens=layout.ring_tokens + guide if layout.ring_tokens else 0,
             window_keys=sum(layout.keys),
             keep_guide=keep_guide,
         )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from ..comfyui import models
 from ..device import copies
+from ..device.tokens import HostTokens
 from .progress import RunProgress
 
 KEY = "atlasvid"
@@ -88,14 +90,26 @@ class SamplingRun:
     def close(self) -> None:
         """Drop every tensor."""
         self.guide_keys.clear()
+        for made in self._made.values():
+            if isinstance(made, HostTokens):
+                made.close()
         self._made.clear()
         self._noise = None
         copies.release_pinned()
 
 
-def run_of(options: dict) -> SamplingRun:
+@contextmanager
+def run_of(options: dict) -> Iterator[SamplingRun]:
     """The run that a forward belongs to; a forward outside of sampling gets one of its own."""
-    return options.get(KEY) or SamplingRun(seed=0, keep_guide=False)
+    run = options.get(KEY)
+    if run is not None:
+        yield run
+        return
+    run = SamplingRun(seed=0, keep_guide=False)
+    try:
+        yield run
+    finally:
+        run.close()
 
 
 def open_run(executor: Any, noise: Tensor, latent_image: Tensor, *args: Any, **kwargs: Any) -> Any:

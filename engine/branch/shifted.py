@@ -18,7 +18,7 @@ from ..families.rotations import RopeAxes, join_axes
 from ..geometry.alignment import GuideAlignment
 from ..geometry.grid import Grid
 from ..geometry.windows import Box, ShiftedWindows, flat_index, starts_of
-from .block_task import BlockTask
+from .block_task import BlockTask, WindowKeys
 from .weighted import Pair
 
 
@@ -134,7 +134,8 @@ class ShiftedAttention:
             part_q = ev.family.rotate(part_q, ev.heads, group.freqs)
             part_k = ev.family.rotate(part_k, ev.heads, group.freqs)
             guide = _aligned_guide(task, group, windows) if task.guide else None
-            attended.append(task.attend(part_q, part_k, part_v, group.size, guide))
+            keys = WindowKeys((part_k, part_v), guide)
+            attended.append(task.attend(part_q, keys, group.size))
             first = last
         return attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)
 

@@ -8,8 +8,10 @@ is long, and are made before any tile that they belong to is written.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -19,46 +21,90 @@ from ..families.rotations import RopeAxes, join_axes
 from ..geometry.alignment import GuideAlignment
 from ..geometry.grid import Grid
 from ..geometry.windows import Box, SlidingWindows, flat_index, starts_of
-from .block_task import BlockTask
+from .block_task import BlockTask, WindowKeys
+from .evaluation import Evaluation
+from .memory import ATTENTION
 from .ring import Ring
-from .weighted import Pair
+
+COPIES_OF_KEPT_KEYS = 3
+"""Of keys and values where some blocks of them are chosen: all, in blocks, and the chosen."""
 
 
 @dataclass(frozen=True)
-class TileGroup:
-    """Query tiles of one size and one place along the streamed axis.
+class Slots:
+    """Where tiles of one place find keys in the ring, which they read in one pattern."""
 
-    All starts are [tiles, 3].
-    """
+    first: Tensor
+    """The slot that a pattern counts from, [tiles, 1]."""
+    pattern: Tensor
+    """[keys]"""
 
-    size: Grid
-    tiles: Tensor
+    def of(self, start: int, stop: int) -> Tensor:
+        """The slots [tiles, keys] of tiles start to stop."""
+        return self.first[start:stop] + self.pattern
+
+
+@dataclass(frozen=True)
+class Place:
+    """All query tiles at one place along the streamed axis, those of one size side by side."""
+
+    counts: list[tuple[Grid, int]]
+    """Tiles of every size."""
     stored: Tensor
-    """`tiles`, where the tokens live."""
-    keys: Tensor
-    """Of the key windows, where the ring lives."""
-    guide: Tensor | None
+    """Raster index of every token, tile by tile, where the tokens live."""
+    coordinates: Tensor
+    """Of every token [3, tokens], on the device that computes."""
+    ends: list[int]
+    """Tokens up to the end of every tile."""
+    costs: list[int]
+    """Tokens up to the end of every tile, counting what its keys take besides."""
+    keys: Slots
+    guide: Slots | None
     last_slice: int
     """Slices of the streamed axis that must be in the ring: up to, not including, this one."""
+
+    def span(self, start: int, stop: int) -> slice:
+        """The tokens of tiles start to stop."""
+        return slice(self.ends[start - 1] if start else 0, self.ends[stop - 1])
+
+    def parts(self, start: int, stop: int) -> Iterator[tuple[Grid, int]]:
+        """Tiles start to stop: how many of every size."""
+        first = 0
+        for size, count in self.counts:
+            inside = min(stop - first, count) - max(start - first, 0)
+            if inside > 0:
+                yield size, inside
+            first += count
+
+    def slots(self, start: int, stop: int) -> Tensor:
+        """What tiles start to stop read of the ring [tiles, keys], of the guide last."""
+        own = self.keys.of(start, stop)
+        return own if self.guide is None else torch.cat([own, self.guide.of(start, stop)], dim=1)
 
 
 @dataclass(frozen=True)
 class Prepared:
     """What depends on geometry alone."""
 
-    groups: list[TileGroup]
-    """Tiles in streaming order."""
+    places: list[Place]
+    """In streaming order."""
     tables: list[Tensor]
     """Per-axis rotations of the target."""
     guide_freqs: Tensor | None
     """Rotations of the guide."""
+    guide_slots: Tensor | None
+    """Of the guide's tokens in the ring, where it lives."""
 
-    def rotations_of(self, index: Tensor, grid: Grid) -> Tensor:
-        """Rotations [1, n, 1, d/2, 2, 2] of tokens at raster indices [n]."""
-        _, h, w = grid
-        coordinates = (index // (h * w), index // w % h, index % w)
+    def rotations(self, coordinates: Tensor) -> Tensor:
+        """Rotations [1, n, 1, d/2, 2, 2] of tokens at coordinates [3, n]."""
         rows = [table[i] for table, i in zip(self.tables, coordinates, strict=True)]
         return torch.cat(rows, dim=1)[None, :, None]
+
+
+def coordinates_of(index: Tensor, grid: Grid) -> Tensor:
+    """Coordinates [3, n] of tokens at raster indices [n]."""
+    _, h, w = grid
+    return torch.stack([index // (h * w), index // w % h, index % w])
 
 
 class SlidingAttention:
@@ -81,36 +127,30 @@ class SlidingAttention:
         ring, ev = task.ring, task.ev
         assert ring is not None
         ring.filled = 0
-        prepared = self._prepare(ev.device, task.tokens.index_device, ring.index_device)
+        prepared = self._prepare(ev, task.tokens.index_device, ring)
         if task.guide is not None:
             assert prepared.guide_freqs is not None
+            assert prepared.guide_slots is not None
             keys, values = task.guide
             rotated = ev.family.rotate(keys[None], ev.heads, prepared.guide_freqs)[0]
-            task = replace(task, guide=(rotated, values))
-        for group in prepared.groups:
-            self._fill(task, ring, group.last_slice, prepared)
-            keys_per_tile = self.windows.window.count
-            if task.guide is not None and self.alignment is not None:
-                keys_per_tile += self.alignment.count.count
-            size = (group.size.count + keys_per_tile) // 2
-            in_chunks(
-                range(size, len(group.tiles) * size + 1, size),
-                ev.chunk,
-                partial(self._evaluate, task, prepared, group),
-            )
+            ring.write(prepared.guide_slots, rotated, values)
+        for place in prepared.places:
+            self._fill(task, ring, place.last_slice, prepared)
+            in_chunks(place.costs, ev.chunk, partial(self._evaluate, task, prepared, place))
 
-    def _prepare(self, device: torch.device, stored: torch.device, ring: torch.device) -> Prepared:
+    def _prepare(self, ev: Evaluation, stored: torch.device, ring: Ring) -> Prepared:
         """
         Args:
-            stored, ring: where indices of the tokens and of the ring must be.
+            stored: where indices of the tokens must be.
         """
-        key = device, stored, ring
+        device = ev.device
+        key = device, stored, ring.index_device
         if key not in self._prepared:
             tables = [
                 self.rope.table(axis, torch.arange(n, device=device))
                 for axis, n in enumerate(self.windows.grid)
             ]
-            guide_freqs = None
+            guide_freqs = guide_slots = None
             if self.alignment is not None:
                 guide_freqs = join_axes(
                     [
@@ -118,32 +158,66 @@ class SlidingAttention:
                         for axis, positions in enumerate(self.alignment.positions)
                     ]
                 )
-            self._prepared[key] = Prepared(self._groups(*key), tables, guide_freqs)
+                guide_slots = torch.arange(self.alignment.guide.count, device=ring.index_device)
+                guide_slots += ring.guide_start
+            copied = COPIES_OF_KEPT_KEYS if ev.settings.keep_blocks else 1
+            places = self._places(device, stored, ring.index_device, copied)
+            self._prepared[key] = Prepared(places, tables, guide_freqs, guide_slots)
         return self._prepared[key]
 
-    def _groups(
-        self, device: torch.device, stored: torch.device, ring: torch.device
-    ) -> list[TileGroup]:
-        by_place: dict[tuple[int, Grid], list[Box]] = defaultdict(list)
+    def _places(
+        self, device: torch.device, stored: torch.device, ring: torch.device, copied: int
+    ) -> list[Place]:
+        """
+        Args:
+            copied: how often keys and values are in memory while a tile is evaluated.
+        """
+        by_place: dict[int, dict[Grid, list[Box]]] = defaultdict(lambda: defaultdict(list))
         for tile in self.windows.tiles():
-            by_place[tile.start[self.axis], tile.size].append(tile)
-        groups = []
-        for _, tiles in sorted(by_place.items()):
-            keys = [self.windows.keys(tile) for tile in tiles]
-            guide = None
-            if self.alignment is not None:
-                guide = starts_of([self.alignment.box(box) for box in keys], device)
-            groups.append(
-                TileGroup(
-                    tiles[0].size,
-                    starts_of(tiles, device),
-                    starts_of(tiles, stored),
-                    starts_of(keys, ring),
+            by_place[tile.start[self.axis]][tile.size].append(tile)
+        keys = self.windows.window.count
+        keys += self.alignment.count.count if self.alignment is not None else 0
+        grid, places = self.windows.grid, []
+        for _, by_size in sorted(by_place.items()):
+            tiles = [tile for group in by_size.values() for tile in group]
+            index = [
+                flat_index(grid, starts_of(group, device), size).flatten()
+                for size, group in by_size.items()
+            ]
+            counts = [tile.size.count for tile in tiles]
+            own, guide = self._slots(tiles, ring)
+            window = self.windows.keys(tiles[0])
+            places.append(
+                Place(
+                    [(size, len(group)) for size, group in by_size.items()],
+                    torch.cat(index).to(stored),
+                    coordinates_of(torch.cat(index), grid),
+                    list(accumulate(counts)),
+                    list(accumulate(n + 2 * copied * keys // ATTENTION for n in counts)),
+                    own,
                     guide,
-                    keys[0].start[self.axis] + keys[0].size[self.axis],
+                    window.start[self.axis] + window.size[self.axis],
                 )
             )
-        return groups
+        return places
+
+    def _slots(self, tiles: list[Box], device: torch.device) -> tuple[Slots, Slots | None]:
+        """Where tiles of one place find their windows' keys in the ring, and the guide's."""
+        windows, kept = self.windows, self.windows.ring
+        boxes = [windows.keys(tile) for tile in tiles]
+        # All windows of a place lie at the same slices; only there does the ring wrap around.
+        along = [0, 0, 0]
+        along[self.axis] = boxes[0].start[self.axis]
+        start = torch.tensor([along], device=device)
+        pattern = flat_index(kept, start, windows.window, wrap=kept)[0]
+        across = starts_of(boxes, device) - start
+        own = Slots(flat_index(kept, across, Grid(1, 1, 1)), pattern)
+        if self.alignment is None:
+            return own, None
+        alignment = self.alignment
+        starts = starts_of([alignment.box(box) for box in boxes], device)
+        first = flat_index(alignment.guide, starts, Grid(1, 1, 1)) + kept.count
+        return own, Slots(first, flat_index(alignment.guide, 0 * starts[:1], alignment.count)[0])
 
     def _fill(self, task: BlockTask, ring: Ring, last: int, prepared: Prepared) -> None:
         """Make keys and values of the slices up to `last` from tokens not yet written."""
@@ -163,7 +237,7 @@ class SlidingAttention:
         def compute(begin: int, end: int) -> None:
             x, rows = task.read(stored[begin:end])
             y = family.attention_input(task.block, x, rows)
-            freqs = prepared.rotations_of(index[begin:end], self.windows.grid)
+            freqs = prepared.rotations(coordinates_of(index[begin:end], self.windows.grid))
             keys = family.rotate(ev.parts.keys(task.block, y), ev.heads, freqs)
             values = family.values(task.block, y)
             ring.write(slots[begin:end], keys[0], values[0])
@@ -179,30 +253,32 @@ class SlidingAttention:
         return starts
 
     def _evaluate(
-        self, task: BlockTask, prepared: Prepared, group: TileGroup, start: int, stop: int
+        self, task: BlockTask, prepared: Prepared, place: Place, start: int, stop: int
     ) -> None:
-        """Tiles start to stop of a group."""
-        windows, ring, ev = self.windows, task.ring, task.ev
-        assert ring is not None
-        index = flat_index(windows.grid, group.tiles[start:stop], group.size).flatten()
-        stored = flat_index(windows.grid, group.stored[start:stop], group.size).flatten()
+        """Tiles start to stop of a place. Linear layers see tiles of all sizes together."""
+        stored = place.stored[place.span(start, stop)]
         x, rows = task.read(stored)
-        y = ev.family.attention_input(task.block, x, rows)
-        freqs = prepared.rotations_of(index, windows.grid)
-        q = ev.family.rotate(ev.parts.queries(task.block, y), ev.heads, freqs)
-        q = q.view(stop - start, group.size.count, -1)
-        slots = flat_index(ring.grid, group.keys[start:stop], windows.window, wrap=ring.grid)
-        k, v = ring.read(slots)
-        attended = task.attend(q, k, v, windows.window, self._aligned(task, group, start, stop))
-        del y, q, k, v
+        # A call of its own, so that its queries, keys and values are gone before the feed-forward.
+        y = task.ev.family.attention_input(task.block, x, rows)
+        attended = self._attended(task, prepared, place, (start, stop), y)
+        del y
         task.finish(x, attended, rows, stored)
 
-    def _aligned(self, task: BlockTask, group: TileGroup, start: int, stop: int) -> Pair | None:
-        """Keys and values [tiles, L, C] of the guide tokens that tiles start to stop read."""
-        if task.guide is None:
-            return None
-        assert self.alignment is not None
-        assert group.guide is not None
-        starts = group.guide[start:stop]
-        read = flat_index(self.alignment.guide, starts, self.alignment.count)
-        return task.guide[0][read], task.guide[1][read]
+    def _attended(
+        self, task: BlockTask, prepared: Prepared, place: Place, tiles: tuple[int, int], y: Tensor
+    ) -> Tensor:
+        """Attention's output [1, n, C] for the inputs y [1, n, C] of some tiles of a place."""
+        ev, ring = task.ev, task.ring
+        assert ring is not None
+        turns = prepared.rotations(place.coordinates[:, place.span(*tiles)])
+        q = ev.family.rotate(ev.parts.queries(task.block, y), ev.heads, turns)[0]
+        del turns
+        k, v = ring.read(place.slots(*tiles))
+        attended, first, n, window = [], 0, 0, self.windows.window
+        for size, count in place.parts(*tiles):
+            last = first + count * size.count
+            part = q[first:last].unflatten(0, (count, size.count))
+            keys = WindowKeys.split((k[n : n + count], v[n : n + count]), window.count)
+            attended.append(task.attend(part, keys, window))
+            first, n = last, n + count
+        return attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)

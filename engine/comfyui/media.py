@@ -15,6 +15,7 @@ import av
 import comfy.ldm.modules.diffusionmodules.model
 import comfy.ldm.wan.vae
 import comfy.ldm.wan.vae2_2
+import comfy.ops
 import comfy.sd
 import comfy.utils
 import torch
@@ -26,6 +27,18 @@ from torch import Tensor
 def build_wan_vae(dim: int) -> torch.nn.Module:
     """An uninitialised stock Wan 2.1 VAE with `dim` base channels (the real one has 96)."""
     return comfy.ldm.wan.vae.WanVAE(dim=dim, z_dim=16, temperal_downsample=[False, True, True])
+
+
+def build_wan22_vae() -> torch.nn.Module:
+    """An uninitialised stock Wan 2.2 VAE."""
+    return comfy.ldm.wan.vae2_2.WanVAE(
+        dim=160, dec_dim=256, z_dim=48, temperal_downsample=[False, True, True]
+    )
+
+
+def conv3d(channels: int) -> torch.nn.Module:
+    """An uninitialised 3x3x3 convolution of a VAE, with ComfyUI's ways around bugs of libraries."""
+    return comfy.ops.disable_weight_init.Conv3d(channels, channels, 3, padding=(0, 1, 1))
 
 
 def load_vae(state: dict[str, Tensor]) -> Any:

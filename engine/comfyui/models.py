@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import comfy.latent_formats
@@ -23,6 +23,7 @@ import node_helpers
 import torch
 from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Wrappers = comfy.patcher_extension.WrappersMP
 
@@ -97,6 +98,25 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor) 
     q [B, Lq, C], k and v [B, Lk, C], bias broadcast to [B, heads, Lq, Lk] -> [B, Lq, C].
     """
     return comfy.ldm.modules.attention.attention_pytorch(q, k, v, heads=heads, mask=bias)
+
+
+CUDNN_FIRST = (
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+)
+"""PyTorch's kernels for attention in an order other than ComfyUI's, which has flash first."""
+
+
+def cudnn_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, **kwargs: Any) -> Tensor:
+    """PyTorch's attention by cuDNN where that can, with the parameters of ComfyUI's attentions."""
+    if kwargs.get("mask") is not None or kwargs.get("skip_reshape") or q.ndim != 3:
+        return comfy.ldm.modules.attention.attention_pytorch(q, k, v, heads=heads, **kwargs)
+    by_head = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    with sdpa_kernel(list(CUDNN_FIRST), set_priority=True):
+        out = torch.nn.functional.scaled_dot_product_attention(*by_head)
+    return out.transpose(1, 2).flatten(2)
 
 
 def attention_function(name: str) -> Callable | None:
@@ -220,6 +240,116 @@ def weights(module: Any, like: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]
             yield weight, bias
     finally:
         comfy.ops.uncast_bias_weight(module, weight, bias, offloaded)
+
+
+@contextmanager
+def held_weights(module: torch.nn.Module, like: Tensor) -> Iterator[None]:
+    """While open, weights that are kept elsewhere, or in another dtype, are brought to `like` once.
+
+    Else every call of a layer brings its own. Quantised weights stay so; layers of other packs are
+    left as they are, and with dynamic VRAM quantised ones too: `weights_ahead` brings those.
+    """
+    with ExitStack() as stack:
+        for layer in module.modules():
+            if _is_quantised(layer):
+                if _can_move(layer, like):
+                    stack.enter_context(_moved(layer, like))
+            elif _is_brought(layer, like):
+                stack.enter_context(_held(layer, like))
+        yield
+
+
+HELD_LAYERS = ("Linear", "LayerNorm", "RMSNorm")
+
+
+def _is_brought(layer: Any, like: Tensor) -> bool:
+    """Whether a layer casts its weights as the stock ones do, and has to."""
+    weight = getattr(layer, "weight", None)
+    if not getattr(layer, "comfy_cast_weights", False) or weight is None:
+        return False
+    cast = getattr(type(layer), "forward_comfy_cast_weights", None)
+    stock = (getattr(comfy.ops.disable_weight_init, name) for name in HELD_LAYERS)
+    if cast not in [kind.forward_comfy_cast_weights for kind in stock]:
+        return False
+    elsewhere = weight.device != like.device or weight.dtype != like.dtype
+    return elsewhere or bool(layer.weight_function) or bool(layer.bias_function)
+
+
+def _is_quantised(layer: Any) -> bool:
+    quantised = getattr(comfy.ops, "QuantizedTensor", None)
+    return quantised is not None and isinstance(getattr(layer, "weight", None), quantised)
+
+
+def _can_move(layer: Any, like: Tensor) -> bool:
+    """Whether a quantised layer of ComfyUI's own only has to be brought to the device."""
+    return (
+        type(layer).forward.__module__ == "comfy.ops"
+        and layer.weight.device != like.device
+        and not (hasattr(layer, "_v") or layer.weight_function or layer.bias_function)
+    )
+
+
+@contextmanager
+def _moved(layer: Any, like: Tensor) -> Iterator[None]:
+    """A quantised layer on the device of `like`, as it is stored."""
+    kept = dict(layer._parameters)
+    for name, tensor in kept.items():
+        if tensor is not None:
+            dtype = None if name == "weight" else like.dtype
+            moved = comfy.model_management.cast_to(tensor, dtype, like.device)
+            layer._parameters[name] = moved
+    try:
+        yield
+    finally:
+        layer._parameters.update(kept)
+
+
+@contextmanager
+def _held(layer: Any, like: Tensor) -> Iterator[None]:
+    """A layer with its weights as `like`; its own are back afterwards."""
+    dynamic = hasattr(layer, "_v")
+    result = comfy.ops.cast_bias_weight(layer, like, offloadable=dynamic)
+    weight, bias, place = result if dynamic else (*result, None)
+    if place is not None and place[0] is not None and place[1] is None:
+        # In a buffer that the next layer's weights are brought to.
+        weight, bias = weight.clone(), None if bias is None else bias.clone()
+    kept = dict(layer._parameters), layer.weight_function, layer.bias_function
+    layer._parameters["weight"] = weight
+    if bias is not None:
+        layer._parameters["bias"] = bias
+    layer.weight_function = layer.bias_function = []
+    try:
+        yield
+    finally:
+        layer._parameters.update(kept[0])
+        layer.weight_function, layer.bias_function = kept[1:]
+        if place is not None:
+            comfy.ops.uncast_bias_weight(layer, weight, bias, place)
+
+
+def weights_ahead(
+    blocks: Sequence[torch.nn.Module], device: torch.device, options: dict
+) -> Callable[[torch.nn.Module | None], None]:
+    """Brings the next block's weights while one computes, where this ComfyUI can.
+
+    Call the result with every block before it is evaluated, and with None after the last.
+    """
+    try:
+        import comfy.model_prefetch as ahead
+    except ImportError:  # before ComfyUI 0.30
+        return lambda _: None
+    queue = ahead.make_prefetch_queue(list(blocks), device, options)
+    return lambda block: ahead.prefetch_queue_pop(queue, device, block)
+
+
+def is_plain_linear(layer: Any) -> bool:
+    """Whether a layer is one of ComfyUI's own that multiplies with its weight as it is."""
+    cast = getattr(type(layer), "forward_comfy_cast_weights", None)
+    return (
+        cast is comfy.ops.disable_weight_init.Linear.forward_comfy_cast_weights
+        and not _is_quantised(layer)
+        and not layer._forward_hooks
+    )
 
 
 def linear_input_gradient(linear: Any, gradient: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ class ChunkSize:
         self.tokens = tokens
         self.ahead = 4
         """Chunks that the device may lag behind: enough to keep it busy, few enough to cancel."""
-        self._waiting: deque[copies.Mark] = deque()
+        self._waiting: deque[tuple[copies.Mark, int]] = deque()
 
     def stay_close(self) -> None:
         """Let the device lag behind by one chunk only: what a chunk holds is large."""
@@ -34,11 +34,20 @@ class ChunkSize:
         """Items start to stop did not fit."""
         self.tokens = max(1, (ends[stop - 1] - _before(start, ends)) // 2)
 
-    def keep_pace(self) -> None:
-        """Let the device catch up, so that cancelling and progress are prompt."""
-        self._waiting.append(copies.Mark(management.compute_device()))
-        if len(self._waiting) > self.ahead:
-            self._waiting.popleft().wait()
+    def keep_pace(self, tokens: int) -> None:
+        """Let the device catch up, so that cancelling and progress are prompt.
+
+        By tokens: small chunks are soon done, and launching them takes as long as launching others.
+
+        Args:
+            tokens: of the chunk that was given to the device.
+        """
+        self._waiting.append((copies.Mark(management.compute_device()), tokens))
+        behind = sum(count for _, count in self._waiting)
+        while len(self._waiting) > 1 and behind > self.ahead * self.tokens:
+            mark, count = self._waiting.popleft()
+            behind -= count
+            mark.wait()
 
 
 def in_chunks(ends: Sequence[int], chunk: ChunkSize, compute: Callable[[int, int], None]) -> None:
@@ -71,7 +80,7 @@ def in_chunks(ends: Sequence[int], chunk: ChunkSize, compute: Callable[[int, int
         if stop == start:  # outside the handler, whose traceback would keep the tensors alive
             management.empty_cache()
         else:
-            chunk.keep_pace()
+            chunk.keep_pace(ends[stop - 1] - _before(start, ends))
         start = stop
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from . import copies
+from .outbox import Outbox
 
 WORD = torch.int64
 """Rows are gathered and scattered as these: two to three times as fast as 16-bit numbers."""
@@ -26,8 +27,11 @@ class Tokens(Protocol):
         """Tokens [n, C] at indices [n], on the computing device, as a tensor of its own."""
         ...
 
-    def write(self, index: Tensor, values: Tensor) -> None:
-        """Overwrite tokens; visible to reads after `settle`, to other indices at once."""
+    def write(self, index: Tensor, values: Tensor, column: int = 0) -> None:
+        """Overwrite tokens, or their numbers from `column` on; visible to reads after `settle`.
+
+        To other indices at once.
+        """
         ...
 
     def settle(self) -> None:
@@ -48,8 +52,9 @@ class DeviceTokens:
     def read(self, index: Tensor) -> Tensor:
         return self.values.index_select(0, index)  # as they are: the head is trained through
 
-    def write(self, index: Tensor, values: Tensor) -> None:
-        self.values.view(WORD).index_copy_(0, index, values.contiguous().view(WORD))
+    def write(self, index: Tensor, values: Tensor, column: int = 0) -> None:
+        place = self.values[:, column : column + values.shape[1]]
+        place.view(WORD).index_copy_(0, index, values.contiguous().view(WORD))
 
     def settle(self) -> None:
         pass
@@ -58,21 +63,18 @@ class DeviceTokens:
 class HostTokens:
     """Tokens in host memory that stream through the device.
 
-    A worker thread copies results back, and uploads have a stream of their own, while the device
-    computes the chunk in between. At most two results wait, so memory stays bounded.
+    Results go back through an outbox, and uploads have a stream of their own, while the device
+    computes the chunk in between.
 
     Only the chunks on their way are pinned. The tokens are read and written by the CPU, and pinned
     memory is slow to get, handed out in powers of two and scarce on Windows.
     """
 
-    WAITING = 2
-
     def __init__(self, count: int, dim: int, dtype: torch.dtype, device: torch.device):
         self.values = torch.empty((count, dim), dtype=dtype)
         self._rows = self.values.view(WORD)
         self.device = device
-        self._worker = ThreadPoolExecutor(1, "atlasvid-tokens")
-        self._pending: list[Future[None]] = []
+        self._outbox = Outbox(device)
 
     @property
     def index_device(self) -> torch.device:
@@ -84,28 +86,16 @@ class HostTokens:
         torch.index_select(self._rows, 0, index, out=gathered.view(WORD))
         return copies.upload(gathered, self.device)
 
-    def write(self, index: Tensor, values: Tensor) -> None:
-        while len(self._pending) >= self.WAITING:
-            self._finish_oldest()
-        values = values.contiguous()  # here: the worker's copy would do it in its stream's memory
-        ready = copies.Mark(self.device)
-        self._pending.append(self._worker.submit(self._store, index, values, ready))
+    def write(self, index: Tensor, values: Tensor, column: int = 0) -> None:
+        self._outbox.put(values, partial(self._store, index, column))
 
-    def _store(self, index: Tensor, values: Tensor, ready: copies.Mark) -> None:
-        with torch.inference_mode(), ready.after():
-            staged = copies.host_buffer(tuple(values.shape), values.dtype, self.device)
-            self._rows.index_copy_(0, index, staged.copy_(values).view(WORD))
+    def _store(self, index: Tensor, column: int, values: Tensor) -> None:
+        place = self.values[:, column : column + values.shape[1]]
+        place.view(WORD).index_copy_(0, index, values.view(WORD))
 
     def settle(self) -> None:
-        while self._pending:
-            self._finish_oldest()
-
-    def _finish_oldest(self) -> None:
-        try:
-            self._pending.pop(0).result()
-        except Exception as error:  # of an earlier chunk: the one being computed cannot mend it
-            raise RuntimeError(f"AtlasVid could not keep tokens on the host: {error!r}") from error
+        self._outbox.settle()
 
     def close(self) -> None:
         """Wait for the worker and let it go."""
-        self._worker.shutdown(wait=True)
+        self._outbox.close()

@@ -6,7 +6,6 @@ layers, because small matrices run far below a device's best rate.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -17,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..comfyui import management, media, models, server
-from ..log import log
+from ..comfyui import management, media, models
+from ..device import tuning
 from ..vae.cpu import residual_block
 from .cost import ModelShape, Rates
 
-VERSION = 2
+VERSION = 3
 HEAD = 128
 """Channels of one attention head, in every Wan."""
 ROUNDS = 3
@@ -33,22 +32,20 @@ CARD_FLOPS = 4e11
 
 def rates_of(shape: ModelShape, file: Path | None = None) -> Rates:
     """This machine's rates for a model, measured at the first call and kept in `file`."""
-    file = file or calibration_file()
     if (rates := known_rates(shape, file)) is not None:
         return rates
     device = management.compute_device()
     rates = measure(shape, device, management.compute_dtype(device))
-    known = _read(file) | {_key(shape): asdict(rates)}
-    try:
-        _write(file, json.dumps(known, indent=1) + "\n")
-    except OSError as error:  # it is measured again next time
-        log.warning("The measurement of this machine could not be kept: %s", error)
+    tuning.remember(_key(shape), asdict(rates), file)
+    if device.type == "cuda":
+        sweep = chunk_sweep(shape, device, management.compute_dtype(device))
+        tuning.remember(tuning.chunk_key(device, shape.dim), {"tokens": best_chunk(sweep)}, file)
     return rates
 
 
 def known_rates(shape: ModelShape, file: Path | None = None) -> Rates | None:
     """The rates measured before, or None."""
-    found = _read(file or calibration_file()).get(_key(shape))
+    found = tuning.read(file).get(_key(shape))
     try:
         rates = Rates(**found)  # type: ignore[arg-type]
         usable = all(0 < rate < math.inf for rate in asdict(rates).values())
@@ -61,31 +58,6 @@ def _key(shape: ModelShape) -> str:
     device = management.compute_device()
     dtype = management.compute_dtype(device)
     return f"{VERSION}, {management.device_name(device)}, {dtype}, {shape.dim} x {shape.ffn_dim}"
-
-
-def calibration_file() -> Path:
-    """Where measurements are kept: in ComfyUI's folder of user files."""
-    return server.user_folder() / "atlasvid" / "calibration.json"
-
-
-def _read(file: Path) -> dict[str, dict[str, float]]:
-    """What was measured before; nothing where the file is missing or broken."""
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _write(file: Path, text: str) -> None:
-    """Whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_name(f".{file.name}.part")
-    try:
-        scratch.write_text(text, "utf-8")
-        scratch.replace(file)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 @torch.no_grad()
@@ -119,7 +91,7 @@ def measure(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> Rate
 
     tokens = 4_096 if device.type == "cpu" else 16_384  # a chunk as the forward evaluates it
     x, wide, scale = rand(1, tokens, dim), rand(1, tokens, ffn), rand(dim)
-    freqs = rand(1, tokens, 1, HEAD // 2, 2, 2)
+    freqs = rand(1, tokens, 1, HEAD // 2, 2, 2).float()  # as a forward's are
     index = torch.randperm(tokens, device=device)
 
     def pointwise() -> None:
@@ -138,6 +110,10 @@ def measure(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> Rate
 
     convolution = _convolution_rate(shape.vae_channels, device, dtype)
 
+    side, wide = int((budget / (4 * 4 * shape.vae_channels)) ** 0.5), 4 * shape.vae_channels
+    frame = rand(1, 1, side, wide)
+    wide_attention = _best(device, lambda: F.scaled_dot_product_attention(frame, frame, frame))
+
     block = torch.empty(64 * 2**20, dtype=torch.uint8)
     transfer = _best(device, lambda: block.to(device, copy=True))
 
@@ -147,7 +123,44 @@ def measure(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> Rate
         pointwise=moved / passes,
         convolution=convolution,
         transfer=block.numel() / transfer,
+        wide_attention=4 * side**2 * wide / wide_attention,
     )
+
+
+CHUNKS = (8_192, 16_384, 32_768, 65_536, 131_072)
+GAIN = 0.02
+"""What a larger chunk must gain to be worth its memory."""
+
+
+@torch.no_grad()
+def chunk_sweep(
+    shape: ModelShape, device: torch.device, dtype: torch.dtype, chunks: tuple[int, ...] = CHUNKS
+) -> dict[int, float]:
+    """Seconds per token of a block's widest part over how many tokens are computed at a time."""
+    up = torch.randn((shape.ffn_dim, shape.dim), device=device, dtype=dtype)
+    down = torch.randn((shape.dim, shape.ffn_dim), device=device, dtype=dtype)
+    found: dict[int, float] = {}
+    for tokens in chunks:
+        try:
+            x = torch.randn((tokens, shape.dim), device=device, dtype=dtype)
+
+            def part(x: Tensor = x) -> None:
+                y = F.layer_norm(x, (shape.dim,))
+                y = F.linear(F.gelu(F.linear(y, up), approximate="tanh"), down)
+                torch.addcmul(x, y, x)
+
+            found[tokens] = _best(device, part) / tokens
+        except Exception as error:
+            if not management.is_out_of_memory(error):
+                raise
+            break
+    return found
+
+
+def best_chunk(sweep: dict[int, float]) -> int:
+    """The smallest chunk that is nearly as fast as the fastest."""
+    fastest = min(sweep.values())
+    return min(tokens for tokens, seconds in sweep.items() if seconds <= fastest * (1 + GAIN))
 
 
 def _convolution_rate(channels: int, device: torch.device, dtype: torch.dtype) -> float:
@@ -158,8 +171,10 @@ def _convolution_rate(channels: int, device: torch.device, dtype: torch.dtype) -
     flops = 2 * 27 * channels**2
     if device.type != "cpu":
         picture = torch.randn((1, channels, 3, 256, 256), device=device, dtype=dtype)
-        kernel = torch.randn((channels, channels, 3, 3, 3), device=device, dtype=dtype)
-        return flops * 256**2 / _best(device, lambda: F.conv3d(picture, kernel, padding=(0, 1, 1)))
+        layer = media.conv3d(channels).to(device, dtype)
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter, std=channels**-0.5)
+        return flops * 256**2 / _best(device, lambda: layer(picture))
     block = media.wan_residual_block(channels)
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=channels**-0.5)

@@ -18,6 +18,7 @@ from ..geometry.layout import Layout
 from ..geometry.plan import Plan
 from ..geometry.shape import BaseShape
 from ..geometry.windows import SlidingWindows, cuts
+from ..vae.needs import least_decode_bytes
 
 TEXT_TOKENS = 512
 """The length that Wan pads its text to."""
@@ -25,6 +26,8 @@ TEXT_TOKENS = 512
 VAE_FLOPS_PER_PIXEL = {8: 8.0e6, 16: 17.4e6}
 """Decoding one pixel, by the VAE's spatial factor: Wan 2.1 at 96 channels, Wan 2.2."""
 VAE_CHANNELS = 96
+VAE_MIDDLE_CHANNELS = {8: 384, 16: 1024}
+"""Of the attention over a whole latent frame, by the VAE's spatial factor."""
 STREAMED_FRAMES = 8
 """Frames in float32 that a streamed decode holds: a latent frame's four and the next four."""
 TOKEN_PASSES = 70
@@ -120,6 +123,8 @@ class Rates:
     """FLOP/s of a VAE's 3D convolutions, with what stands around them on a CPU."""
     transfer: float
     """Bytes/s from host to device memory."""
+    wide_attention: float
+    """FLOP/s of the VAE's attention, whose head is too wide for the fastest kernels."""
 
     def seconds(self, work: Work) -> float:
         layers = work.matmul / self.matmul + work.attention / self.attention
@@ -230,6 +235,14 @@ def decode_flops(shape: ModelShape, plan: Plan) -> float:
     return pixels * per_pixel * (shape.vae_channels / VAE_CHANNELS) ** 2
 
 
+def decode_attention_flops(shape: ModelShape, plan: Plan) -> float:
+    """FLOPs of the decoder's attention: every latent frame over itself."""
+    channels = VAE_MIDDLE_CHANNELS.get(plan.space.spatial, VAE_MIDDLE_CHANNELS[8])
+    frames, height, width = plan.latent
+    pairs = frames * float(height * width) ** 2
+    return 4.0 * pairs * channels * shape.vae_channels / VAE_CHANNELS
+
+
 # --- Memory ----------------------------------------------------------------------------------
 
 
@@ -240,14 +253,14 @@ class Memory:
     card: int
     """On the card with all weights on it."""
     card_least: int
-    """On the card with tokens, a ring and all weights but two blocks' in host memory: what has to
-    fit."""
+    """On the card with tokens, a ring and all weights but two blocks' in host memory, or in a
+    decode of the smallest pieces: what has to fit."""
     host: int
     disk: int
 
 
 def memory(shape: ModelShape, plan: Plan, settings: Settings, machine: Machine) -> Memory:
-    """Memory of the detail stage, the largest of the stages, and of the decoded video."""
+    """Memory of the detail stage, of the decode where that is larger, and of the decoded video."""
     work = Workload.of(
         settings.layout(plan),
         shape,
@@ -257,6 +270,10 @@ def memory(shape: ModelShape, plan: Plan, settings: Settings, machine: Machine) 
     latent = plan.latent.count * plan.space.channels * 4
     card = wanted_bytes(work, latent) + shape.weights
     least = LATENT_COPIES * latent + work.least_chunk_bytes + 2 * shape.weights // shape.layers
+    decode = least_decode_bytes(
+        plan.space.spatial, shape.vae_channels, plan.latent[1:], machine.element_bytes
+    )
+    least = max(least, decode)
     streamed = 0 if card <= machine.card else work.token_bytes + work.guide_bytes
     if least + work.ring_bytes > machine.card:
         streamed += work.ring_bytes
@@ -320,7 +337,8 @@ def seconds(
         proxy=rates.seconds(proxy * settings.proxy_evaluations),
         detail=rates.seconds(detail + proxy * guides)
         + settings.detail_evaluations * moved / rates.transfer,
-        decode=decode_flops(shape, plan) / rates.convolution,
+        decode=decode_flops(shape, plan) / rates.convolution
+        + decode_attention_flops(shape, plan) / rates.wide_attention,
     )
 
 

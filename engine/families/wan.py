@@ -17,6 +17,7 @@ from torch import Tensor
 from ..comfyui import models
 from ..geometry.shape import BaseShape
 from ..geometry.space import LatentSpace
+from .fused import linear_gelu
 from .rotations import RopeAxes
 
 NAMES: str = "Wan 2.1 T2V, Wan 2.1 I2V, Wan 2.2 A14B (high and low noise), Wan 2.2 TI2V-5B"
@@ -245,4 +246,8 @@ def cross_attention(block: Any, x: Tensor, text: Text, options: dict) -> Tensor:
 
 def feed_forward(block: Any, x: Tensor, rows: Modulation) -> Tensor:
     """What the feed-forward adds to tokens x [1, n, C], before its gate."""
-    return block.ffn(modulated_norm(block.norm2, x, rows[3], rows[4]))
+    y = modulated_norm(block.norm2, x, rows[3], rows[4])
+    if len(block.ffn) != 3:
+        return block.ffn(y)
+    up, gelu, down = block.ffn
+    return down(linear_gelu(up, gelu, y))

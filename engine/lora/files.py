@@ -35,6 +35,10 @@ class LowRank:
     scale: float
     """alpha / rank"""
 
+    def to(self, like: Tensor) -> LowRank:
+        """The same on the device and in the dtype of `like`."""
+        return LowRank(self.down.to(like), self.up.to(like), self.scale)
+
 
 # --- Files ----------------------------------------------------------------------------------
 

@@ -209,12 +209,20 @@ class GuideLora:
                     used,
                 )
 
-    def view(self, model: Any) -> Any:
-        """The model as the guide stream sees it; `model` itself is not touched."""
+    def view(self, model: Any, like: Tensor | None = None) -> Any:
+        """The model as the guide stream sees it; `model` itself is not touched.
+
+        Args:
+            like: its device and dtype are those of the factors; None leaves them where they are.
+        """
         if self.strength == 0:
             return model
         layers = {
-            name: LowRankLinear(model.get_submodule(name), change, self.strength)
+            name: LowRankLinear(
+                model.get_submodule(name),
+                change if like is None else change.to(like),
+                self.strength,
+            )
             for name, change in match(self.file.changes, model)[0].items()
         }
         return with_layers(model, layers)

@@ -266,12 +266,13 @@ def residual_block(
 ) -> Tensor:
     """A core's residual block: x [N, C, T, h, w] -> [N, O, T, h, w].
 
-    `cache` keeps the last two activations [N, 1 or 2, h, w, C] before each convolution, from
-    `index[0]` on.
+    `cache` keeps the last two activations [N, C, 1 or 2, h, w] before each convolution, from
+    `index[0]` on, with channels last in memory.
     """
     norms = [layer for layer in block.residual if media.is_rms_norm(layer)]
     convs = [layer for layer in block.residual if isinstance(layer, nn.Conv3d)]
-    before = [None, None] if cache is None else cache[index[0] : index[0] + 2]
+    kept = [None, None] if cache is None else cache[index[0] : index[0] + 2]
+    before = [None if each is None else each.movedim(1, -1) for each in kept]
     x = _channels_last(x)
     rows = x.movedim(1, -1)
     with ExitStack() as stack:
@@ -289,7 +290,7 @@ def residual_block(
             torch.add(y, same, out=out[:, :, part])
             done = part.stop
     if cache is not None:
-        cache[index[0] : index[0] + 2] = [stage.kept for stage in stages]
+        cache[index[0] : index[0] + 2] = [stage.kept.movedim(-1, 1) for stage in stages]
         index[0] += 2
     return out.movedim(-1, 1)
 

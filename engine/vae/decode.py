@@ -1,7 +1,7 @@
 """Streams a latent video through the decoder tile by tile: exact, and bounded in memory."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,30 +10,16 @@ from torch import Tensor
 
 from ..comfyui import management, media, server
 from ..device.budget import AUTO, parse_budget
+from ..device.outbox import Outbox
 from .frames import Piece
+from .middle import Room, WholeFrames, room
 from .regions import Region, TileGrid
 from .scratch import MemoryStore, ScratchFile, Store
 from .tiling import DECODE_WORK_LIMIT, CostModel, frugal_grid, grid_within
-from .wan import Cache, WanDecoder, frame_count
+from .wan import Cache, WanDecoder, WanEncoder, frame_count
 
-# Peak of the whole-frame stage, in features of one latent frame (counted on the real shapes).
-WHOLE_FRAME_LIVE = 31
 # Share of the device's memory that tiles may take; the rest is for the weights and others.
 MEMORY_SHARE = 0.7
-
-
-@dataclass(frozen=True)
-class Block:
-    """Decoded pixels of one tile and chunk.
-
-    `pixels` is [3, t, height, width] in the VAE's raw range; `box` is in pixels; `start` is the
-    first frame; `completes` says that no part of these frames is missing any more.
-    """
-
-    box: Region
-    start: int
-    pixels: Tensor
-    completes: bool
 
 
 def supported_patch(vae: Any) -> int:
@@ -108,8 +94,7 @@ class TiledDecoder:
 
     def plan(self) -> TileGrid:
         """Loads the VAE and picks tiles that fit the budget and the free memory."""
-        channels = self.decoder.feature_channels
-        return plan_tiles(self.vae, self.cost, channels, self.budget, DECODE_WORK_LIMIT)
+        return plan_tiles(self.vae, self.decoder, self.cost, self.budget, DECODE_WORK_LIMIT)
 
     def scratch_bytes(self, plan: TileGrid) -> int:
         """Bytes that a store holds: every tile's features with their halo."""
@@ -117,10 +102,10 @@ class TiledDecoder:
         size = self.decoder.feature_channels * self.vae.vae_dtype.itemsize
         return areas * self.latent.shape[2] * size
 
-    def blocks(
+    def tiles(
         self, grid: TileGrid, new_store: Callable[[], Store] = MemoryStore
-    ) -> Iterator[Block]:
-        """Decodes everything, tile by tile and within a tile frame by frame.
+    ) -> Iterator[Piece]:
+        """Decodes everything, tile by tile and within a tile frame by frame; images on the device.
 
         `new_store` makes the store for the whole-frame features of one batch item.
         """
@@ -130,22 +115,21 @@ class TiledDecoder:
             store = new_store()
             try:
                 features = _Features(self, item, grid, store, advance)
-                for block in self._item_blocks(features, grid, advance):
-                    start = item * self.frames_per_item + block.start
-                    yield Block(block.box, start, block.pixels, block.completes)
+                for piece in self._item_tiles(features, grid, advance):
+                    yield replace(piece, start=item * self.frames_per_item + piece.start)
             finally:
                 store.close()
 
-    def _item_blocks(
+    def _item_tiles(
         self, features: "_Features", grid: TileGrid, advance: Callable[[int], None]
-    ) -> Iterator[Block]:
+    ) -> Iterator[Piece]:
         if len(grid.tiles) > 1:
             features.compute_all()
         waiting = [(tile, tile) for tile in reversed(grid.tiles)]
         while waiting:
             stored, tile = waiting.pop()
             try:
-                yield from self._tile_blocks(features, stored, tile, not waiting, advance)
+                yield from self._tile(features, stored, tile, not waiting, advance)
             except Exception as error:
                 if (
                     not management.is_out_of_memory(error)
@@ -158,14 +142,14 @@ class TiledDecoder:
             # Outside the handler, where the error no longer holds on to the tile's tensors.
             management.empty_cache()
 
-    def _tile_blocks(
+    def _tile(
         self,
         features: "_Features",
         stored: Region,
         tile: Region,
         last: bool,
         advance: Callable[[int], None],
-    ) -> Iterator[Block]:
+    ) -> Iterator[Piece]:
         regions = self.cost.regions(tile)
         cache = self.decoder.cache(self.latent.shape[2])
         box = tile.scaled(self.decoder.scale)
@@ -173,38 +157,36 @@ class TiledDecoder:
         for number in range(len(features.chunks)):
             management.raise_if_cancelled()
             x = features.read(number, stored, regions[0])
-            pixels = self._tile_pixels(x, cache, regions, number == 0)
+            images = self._tile_images(x, cache, regions, number == 0)
             del x
-            yield Block(box, start, pixels, last)
-            start += pixels.shape[1]
+            yield Piece(box, start, images, last)
+            start += len(images)
             advance(1)
 
     @torch.inference_mode()
-    def _tile_pixels(self, x: Tensor, cache: Cache, regions: list[Region], first: bool) -> Tensor:
-        with management.device_context(self.vae):
-            return self.decoder.pixels(x, cache, regions, first)[0]
+    def _tile_images(self, x: Tensor, cache: Cache, regions: list[Region], first: bool) -> Tensor:
+        """Frames as the core makes images of them [t, height, width, 3], on the device."""
+        vae = self.vae
+        with management.device_context(vae):
+            pixels = self.decoder.pixels(x, cache, regions, first)[0]
+            images = vae.process_output(pixels.to(dtype=vae.vae_output_dtype(), copy=True))
+        return images.movedim(0, -1)
 
     def pieces(self, plan: TileGrid, folder: Path) -> Iterator[Piece]:
-        """All blocks as images; features that wait for other tiles lie in `folder`."""
-        for block in self.blocks(plan, lambda: ScratchFile(folder)):
-            yield Piece(block.box, block.start, self.images(block), block.completes)
+        """All tiles as images; features that wait for other tiles lie in `folder`."""
+        return self.tiles(plan, lambda: ScratchFile(folder))
 
     def all_images(self) -> Tensor:
         """All frames as images [frames, height, width, 3], batch items one after the other."""
         vae = self.vae
         shape = (self.frames, self.height, self.width, self.decoder.out_channels)
         images = torch.empty(shape, device=vae.output_device, dtype=vae.vae_output_dtype())
-        for block in self.blocks(self.plan()):
-            frames = self.images(block)
-            rows, cols = slice(*_ends(block.box.rows)), slice(*_ends(block.box.cols))
-            images[block.start : block.start + len(frames), rows, cols] = frames
+        with Outbox(vae.device) as outbox:
+            for piece in self.tiles(self.plan()):
+                rows, cols = slice(*_ends(piece.box.rows)), slice(*_ends(piece.box.cols))
+                place = images[piece.start : piece.start + len(piece.images), rows, cols]
+                outbox.put(piece.images, place.copy_)
         return images
-
-    def images(self, block: Block) -> Tensor:
-        """A block's frames as the core makes images of them: [t, height, width, 3] in [0, 1]."""
-        vae = self.vae
-        out = block.pixels.to(device=vae.output_device, dtype=vae.vae_output_dtype(), copy=True)
-        return vae.process_output(out).movedim(0, -1)
 
 
 class _Features:
@@ -225,7 +207,7 @@ class _Features:
         self._numbers: list[dict[Region, int]] = []
         self._advance = advance
         self.chunks = tiled.decoder.chunks(self._latent.shape[2])
-        self._cache = tiled.decoder.cache(self._latent.shape[2])
+        self._whole: WholeFrames | None = None
 
     def compute_all(self) -> None:
         """Computes what is missing and frees the stage's caches."""
@@ -236,17 +218,21 @@ class _Features:
     def _compute_next(self) -> None:
         management.raise_if_cancelled()
         tiled, vae = self._tiled, self._tiled.vae
+        if self._whole is None:
+            length = self._latent.shape[2]
+            self._whole = whole_frames(
+                vae, tiled.decoder, tiled.cost, tiled.budget, lambda: tiled.decoder.cache(length)
+            )
         chunk = self._latent[:, :, self.chunks[len(self._numbers)]]
         with management.device_context(vae):
-            latent = chunk.to(device=vae.device, dtype=vae.vae_dtype)
-            whole = tiled.decoder.features(latent, self._cache)
+            whole = self._whole(chunk.to(device=vae.device, dtype=vae.vae_dtype))
         numbers = {}
         for tile, region in self._regions.items():
             rows, cols = slice(*_ends(region.rows)), slice(*_ends(region.cols))
             numbers[tile] = self._store.append(whole[..., rows, cols])
         self._numbers.append(numbers)
         if len(self._numbers) == len(self.chunks):
-            self._cache = None
+            self._whole = None
         self._advance(1)
 
     def read(self, number: int, tile: Region, region: Region) -> Tensor:
@@ -263,24 +249,38 @@ def _ends(span: Any) -> tuple[int, int]:
 
 
 def plan_tiles(
-    vae: Any, cost: CostModel, feature_channels: int, budget: str, work_limit: float
+    vae: Any, coder: WanDecoder | WanEncoder, cost: CostModel, budget: str, work_limit: float
 ) -> TileGrid:
     """Loads the VAE and picks tiles that fit the budget and the free memory.
 
     With "auto", small tiles whose halos cost no more than `work_limit` times the work.
     """
-    positions = cost.latent_height * cost.latent_width
-    whole_frames = WHOLE_FRAME_LIVE * feature_channels * positions * cost.element_bytes
     limit = parse_budget(budget)
-    if limit is None:
-        grid = frugal_grid(
-            cost, int(MEMORY_SHARE * management.reachable_vae_memory(vae)), work_limit
-        )
-    else:
-        grid = grid_within(cost, limit)
-    management.load_vae_weights(vae, max(cost.peak_bytes(grid), whole_frames))
+    reachable = int(MEMORY_SHARE * management.reachable_vae_memory(vae))
+    automatic = limit is None
+    grid = frugal_grid(cost, reachable, work_limit) if automatic else grid_within(cost, limit)
+    whole = _room(coder, cost, reachable if limit is None else limit)
+    management.load_vae_weights(vae, max(cost.peak_bytes(grid), whole.peak))
     free = int(MEMORY_SHARE * management.free_vae_memory(vae))
     return grid if cost.peak_bytes(grid) <= free else grid_within(cost, free)
+
+
+def whole_frames(
+    vae: Any,
+    coder: WanDecoder | WanEncoder,
+    cost: CostModel,
+    budget: str,
+    new_cache: Callable[[], Cache],
+) -> WholeFrames:
+    """The stage on whole frames within the budget and the free memory, for one video."""
+    limit, free = parse_budget(budget), int(MEMORY_SHARE * management.free_vae_memory(vae))
+    space = _room(coder, cost, free if limit is None else min(limit, free))
+    size = cost.latent_height, cost.latent_width
+    return WholeFrames(coder.middle, size, new_cache, space, vae.device)
+
+
+def _room(coder: WanDecoder | WanEncoder, cost: CostModel, limit: int) -> Room:
+    return room(coder.middle, cost.latent_height, cost.latent_width, cost.element_bytes, limit)
 
 
 def decode_images(vae: Any, latent: Tensor, budget: str = AUTO) -> Tensor:

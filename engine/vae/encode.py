@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..comfyui import management, media, server
 from ..device.budget import AUTO
-from .decode import plan_tiles, supported_patch
+from .decode import plan_tiles, supported_patch, whole_frames
 from .regions import Region, TileGrid
 from .scratch import MemoryStore, ScratchFile, Store, require_space
 from .sources import FrameSource, GreyAfter, latent_groups
@@ -48,8 +48,7 @@ class TiledEncoder:
 
     def plan(self) -> TileGrid:
         """Loads the VAE and picks tiles that fit the budget and the free memory."""
-        channels = self.encoder.feature_channels
-        return plan_tiles(self.vae, self.cost, channels, self.budget, ENCODE_WORK_LIMIT)
+        return plan_tiles(self.vae, self.encoder, self.cost, self.budget, ENCODE_WORK_LIMIT)
 
     def encode(self, grid: TileGrid) -> Tensor:
         """Latents [1, C, t, h, w] of all frames, on the core's device for intermediate results."""
@@ -133,7 +132,13 @@ class TiledEncoder:
         emissions = list(zip(*(numbers for _, numbers in tiles), strict=True))
         first = store.read(emissions[0][0])
         streamed = len(emissions) > 1
-        cache = self.encoder.cache(2 if streamed else 1)
+        stage = whole_frames(
+            self.vae,
+            self.encoder,
+            self.cost,
+            self.budget,
+            lambda: self.encoder.cache(2 if streamed else 1),
+        )
         for numbers in emissions:
             management.raise_if_cancelled()
             parts = [(box, store.read(n)) for (box, _), n in zip(tiles, numbers, strict=True)]
@@ -141,15 +146,10 @@ class TiledEncoder:
             whole = first.new_empty(*first.shape[:2], frames, self.height, self.width)
             for box, part in parts:
                 whole[..., box.rows.start : box.rows.stop, box.cols.start : box.cols.stop] = part
-            yield self._latents(whole, cache)
+            with management.device_context(self.vae):
+                latents = stage(whole)
+            yield latents.to(self.vae.output_device, self.vae.vae_output_dtype())
             advance(frames)
-
-    @torch.inference_mode()
-    def _latents(self, whole: Tensor, cache: Cache) -> Tensor:
-        vae = self.vae
-        with management.device_context(vae):
-            latents = self.encoder.latents(whole.to(vae.device), cache)
-        return latents.to(vae.output_device).to(dtype=vae.vae_output_dtype())
 
 
 def encode_frames(vae: Any, source: FrameSource, budget: str = AUTO) -> Tensor:

@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from ..comfyui import management
+from ..device.outbox import Outbox
 from .regions import Region
 from .scratch import ScratchFile, require_space
 
@@ -74,11 +76,14 @@ def whole_images(stream: FrameStream, folder: Path) -> Tensor:
 
 
 def quantise(images: Tensor, bit_depth: int) -> Tensor:
-    """Images in [0, 1] as the integers that the core hands to the encoder, rounded as it does."""
+    """Images in [0, 1] as the integers that the core hands to the encoder, rounded as it does.
+
+    On the images' device: a quarter of the bytes, or half of them, then have to leave it.
+    """
     if bit_depth == 8:
-        return (images * 255).clamp(0, 255).byte().cpu()
-    values = (images.float() * 65535).clamp(0, 65535).cpu().numpy().astype(np.uint16)
-    return torch.from_numpy(values)
+        return (images * 255).clamp(0, 255).byte()
+    values = (images.float() * 65535).clamp(0, 65535).int()
+    return values.short().view(torch.uint16)  # truncated twice: what is above 32767 wraps
 
 
 def dequantise(frame: Tensor, bit_depth: int) -> Tensor:
@@ -142,17 +147,32 @@ class DecodedFrames:
         require_space(self._folder, needed, self._purpose())
         buffer = FrameBuffer(self._stream.height, self._stream.width, self._folder)
         try:
-            emitted = -1
-            for piece in self._stream.pieces(plan, self._folder):
-                buffer.write(piece.box, piece.start, quantise(piece.images, self._bit_depth))
-                # A tile that was halved after running out of memory comes again from its start.
-                if piece.completes and piece.start > emitted:
-                    emitted = piece.start
-                    yield buffer.read(piece.start)
+            for start in self._filling(buffer, plan):
+                yield buffer.read(start)
         except BaseException:
             buffer.close()
             raise
         self._buffer = buffer
+
+    def _filling(self, buffer: FrameBuffer, plan: Any) -> Iterator[int]:
+        """Fills the buffer; the first frame of every chunk as soon as it is complete.
+
+        One piece later: while the device makes the next, the frames of this one are encoded.
+        """
+        complete: list[int] = []
+        emitted = -1
+        with Outbox(management.compute_device()) as outbox:
+            for piece in self._stream.pieces(plan, self._folder):
+                values = quantise(piece.images, self._bit_depth)
+                outbox.put(values, partial(buffer.write, piece.box, piece.start))
+                outbox.settle(1)
+                yield from complete
+                complete.clear()
+                # A tile that was halved after running out of memory comes again from its start.
+                if piece.completes and piece.start > emitted:
+                    emitted = piece.start
+                    complete.append(emitted)
+        yield from complete
 
     def _frame_bytes(self) -> int:
         stream = self._stream

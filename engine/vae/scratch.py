@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Lock
 from typing import Protocol
 
 import psutil
@@ -72,25 +73,27 @@ class ScratchFile:
         sweep(folder)
         self.path = folder / scratch_name(".scratch")
         self._file = self.path.open("w+b")
+        self._lock = Lock()  # one thread appends what another reads back later
         self._records: list[tuple[int, torch.Size, torch.dtype]] = []
         self._end = 0
         self._finalizer = weakref.finalize(self, _close_and_remove, self._file, self.path)
 
     def append(self, tensor: Tensor) -> int:
         data = tensor.detach().to("cpu").contiguous()
-        with full_disk_named(self.path.parent, "Keeping decoded parts of the video"):
+        with self._lock, full_disk_named(self.path.parent, "Keeping decoded parts of the video"):
             self._file.seek(self._end)
             self._file.write(data.reshape(-1).view(torch.uint8).numpy().data)
             self._file.flush()  # here, not when it is closed
-        self._records.append((self._end, data.shape, data.dtype))
-        self._end += data.nbytes
-        return len(self._records) - 1
+            self._records.append((self._end, data.shape, data.dtype))
+            self._end += data.nbytes
+            return len(self._records) - 1
 
     def read(self, number: int) -> Tensor:
         offset, shape, dtype = self._records[number]
         tensor = torch.empty(shape, dtype=dtype)
-        self._file.seek(offset)
-        self._file.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data)  # type: ignore[attr-defined]
+        with self._lock:
+            self._file.seek(offset)
+            self._file.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data)  # type: ignore[attr-defined]
         return tensor
 
     def close(self) -> None:

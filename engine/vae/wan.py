@@ -1,23 +1,20 @@
 """The Wan 2.1 and 2.2 coders split where their spatial context ends.
 
-Only the middle block's attention sees the whole frame. So a decoder is a *head stage* on whole
-frames at latent resolution (`features`) followed by a spatially local chain of layers
+Only the middle block's attention sees the whole frame. So a decoder is a *stage* on whole
+frames at latent resolution (`middle`) followed by a spatially local chain of layers
 (`pixels`), and an encoder is a local chain (`features`) followed by a stage on whole frames
-(`latents`). Frames pass in the core's own chunks with its causal feature cache, so each core
+(`middle`). Frames pass in the core's own chunks with its causal feature cache, so each core
 version is followed exactly.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..comfyui import media
 from .cpu import fast_on_cpu
 from .layers import (
     Bypass,
@@ -30,11 +27,10 @@ from .layers import (
     is_resample,
     layer_step,
 )
+from .middle import Cache, Stage
 from .regions import Down, Even, Region, Same, Up
 
-Cache = list[Any] | None
 FRAMES_PER_LATENT = 4
-ATTENTION_SCORE_BYTES = 64 * 2**20
 
 
 def frame_count(latents: int) -> int:
@@ -66,51 +62,8 @@ def cached_conv(conv: nn.Module, x: Tensor, cache: Cache, index: list[int]) -> T
     return x
 
 
-def _middle(layers: Sequence[nn.Module], x: Tensor, cache: Cache, index: list[int]) -> Tensor:
-    with _lean_attention(layers):
-        for layer in layers:
-            x = layer(x) if cache is None else layer(x, cache, index)
-    return x
-
-
-@contextmanager
-def _lean_attention(layers: Sequence[Any]) -> Iterator[None]:
-    """Replaces the core's plain attention, whose scores fill all free memory, for one call."""
-    plain = [x for x in layers if getattr(x, "optimized_attention", None) is media.plain_attention]
-    try:
-        for layer in plain:
-            layer.optimized_attention = lean_attention
-        yield
-    finally:
-        for layer in plain:
-            layer.optimized_attention = media.plain_attention
-
-
-def lean_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`sliced_attention`, in float32 on a CPU by PyTorch's fused one."""
-    if q.device.type != "cpu" or q.dtype != torch.float32:
-        return sliced_attention(q, k, v)
-    shape = q.shape
-    q, k, v = (x.flatten(2).transpose(1, 2)[:, None] for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v)
-    return out[:, 0].transpose(1, 2).view(shape)
-
-
-def sliced_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k / sqrt(C)) v over each frame's positions, in slices of queries.
-
-    q, k, v and the result are [frames, C, h, w].
-    """
-    shape, scale = q.shape, q.shape[1] ** -0.5
-    q, k, v = q.flatten(2).transpose(1, 2), k.flatten(2), v.flatten(2)
-    out = torch.empty_like(v)
-    positions = k.shape[2]
-    rows = max(1, ATTENTION_SCORE_BYTES // (positions * k.element_size()))
-    for frame in range(len(q)):
-        for start in range(0, positions, rows):
-            weights = (q[frame, start : start + rows] @ k[frame] * scale).softmax(dim=1)
-            out[frame, :, start : start + rows] = v[frame] @ weights.T
-    return out.view(shape)
+def _run(layer: nn.Module, x: Tensor, cache: Cache, index: list[int]) -> Tensor:
+    return layer(x) if cache is None else layer(x, cache, index)
 
 
 def _head(layers: Sequence[nn.Module], x: Tensor, cache: Cache, index: list[int]) -> Tensor:
@@ -158,13 +111,22 @@ class WanDecoder:
         """A new feature cache; the core runs a single Wan 2.1 frame without one."""
         return new_cache(self.coder, streamed=latents > 1 or self._in_blocks)
 
-    def features(self, latent: Tensor, cache: Cache) -> Tensor:
-        """The whole-frame stage of one chunk: `conv2`, `conv1` and the middle block."""
-        index = [0]
-        with fast_on_cpu(self.model, latent):
-            x = self.model.conv2(latent)  # type: ignore[operator]
-            x = cached_conv(self.coder.conv1, x, cache, index)
-            return _middle(self.coder.middle, x, cache, index)
+    @property
+    def middle(self) -> Stage:
+        """The whole-frame stage: `conv2`, `conv1` and the middle block, latents to features."""
+        first, attention, last = self.coder.middle
+
+        def before(latent: Tensor, cache: Cache, index: list[int]) -> Tensor:
+            with fast_on_cpu(self.model, latent):
+                x = self.model.conv2(latent)  # type: ignore[operator]
+                x = cached_conv(self.coder.conv1, x, cache, index)
+                return _run(first, x, cache, index)
+
+        def after(x: Tensor, cache: Cache, index: list[int]) -> Tensor:
+            with fast_on_cpu(last, x):
+                return _run(last, x, cache, index)
+
+        return Stage(before, attention, after, 3, 2, (self.coder.conv1, first, last))
 
     def pixels(self, x: Tensor, cache: Cache, regions: Sequence[Region], first: bool) -> Tensor:
         """The local stage of one chunk and tile: features of `regions[0]` to its pixels."""
@@ -240,13 +202,22 @@ class WanEncoder:
             return layer(x, cache, index)
         return layer(x, cache, index, final=final)
 
-    def latents(self, x: Tensor, cache: Cache) -> Tensor:
-        """The whole-frame stage of one chunk: the middle block, the head and `conv1`."""
-        index = [0]
-        with fast_on_cpu(self.model, x):
-            x = _middle(self.coder.middle, x, cache, index)
-            x = _head(self.coder.head, x, cache, index)
-            return self.model.conv1(x).chunk(2, dim=1)[0]  # type: ignore[operator]
+    @property
+    def middle(self) -> Stage:
+        """The whole-frame stage: the middle block, the head and `conv1`, features to latents."""
+        first, attention, last = self.coder.middle
+
+        def before(x: Tensor, cache: Cache, index: list[int]) -> Tensor:
+            with fast_on_cpu(first, x):
+                return _run(first, x, cache, index)
+
+        def after(x: Tensor, cache: Cache, index: list[int]) -> Tensor:
+            with fast_on_cpu(self.model, x):
+                x = _run(last, x, cache, index)
+                x = _head(self.coder.head, x, cache, index)
+                return self.model.conv1(x).chunk(2, dim=1)[0]  # type: ignore[operator]
+
+        return Stage(before, attention, after, 2, 3, (first, last, self.coder.head))
 
 
 def _decoder_chain(coder: Any, blocks: bool) -> Chain:

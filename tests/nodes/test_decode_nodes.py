@@ -154,7 +154,7 @@ def test_buffers_go_with_the_video(vae, two_tiles, tmp_path, temp_folder):
 
 def test_measures_answer_without_decoding(vae, monkeypatch):
     monkeypatch.setattr(WanDecoder, "pixels", None)
-    monkeypatch.setattr(WanDecoder, "features", None)
+    monkeypatch.setattr(WanDecoder, "middle", None)
     video = to_video(vae, latent(batch=2), fps=12.0)
     assert video.get_dimensions() == (96, 80)
     assert video.get_frame_count() == 18
@@ -207,7 +207,7 @@ def test_a_cancelled_save_leaves_nothing(vae, two_tiles, tmp_path, temp_folder, 
 
 
 def test_too_small_a_disk_is_refused_before_decoding(vae, two_tiles, tmp_path, monkeypatch):
-    monkeypatch.setattr(WanDecoder, "features", None)
+    monkeypatch.setattr(WanDecoder, "middle", None)
     monkeypatch.setattr(scratch.shutil, "disk_usage", lambda _folder: Namespace(free=1000))
     with pytest.raises(
         OSError, match=r"9 frames of 96 x 80 needs .* KiB .*1000 bytes are free.*--temp"

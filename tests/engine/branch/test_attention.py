@@ -6,6 +6,7 @@ import torch
 from atlasvid.engine.branch import attention
 from atlasvid.engine.branch.apply import apply_detail_branch
 from atlasvid.engine.branch.attention import override_for
+from atlasvid.engine.comfyui import models
 from atlasvid.engine.geometry.grid import Grid
 from wan import forward, plan_of, rand, small_wan
 
@@ -117,6 +118,39 @@ def test_a_kernel_that_cannot_weight_the_guide_is_passed_over_with_one_line(kern
         assert torch.equal(run("auto", lambda _, *args, **kw: counted(*args, **kw)), expected)
     assert "as another node's attention cannot" in caplog.text
     assert read == {20}, "the text alone"
+
+
+@pytest.mark.parametrize(
+    ("capability", "cudnn", "error", "chosen"),
+    [
+        ((9, 0), 0.5, 0.0, True),
+        ((10, 0), 0.5, 0.0, True),
+        ((8, 9), 0.5, 0.0, False),  # not even measured
+        ((9, 0), 0.98, 0.0, False),
+        ((9, 0), 0.5, 0.1, False),
+    ],
+)
+def test_cudnn_is_taken_where_it_is_right_and_faster(monkeypatch, capability, cudnn, error, chosen):
+    times = iter((cudnn, 1.0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(attention, "_seconds", lambda *_: next(times))
+    right = models.cudnn_attention
+    monkeypatch.setattr(
+        models, "cudnn_attention", lambda *args, **kw: right(*args, **kw) * (1 + error)
+    )
+    attention.cudnn_is_faster.cache_clear()
+    tensors = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda size, **_: tensors(1, 4, size[2]))
+    assert attention.cudnn_is_faster(CPU) == chosen
+    attention.cudnn_is_faster.cache_clear()
+
+
+def test_cudnn_first_computes_what_comfyui_computes():
+    q, k, v = rand(2, 20, 256, seed=1), rand(2, 30, 256, seed=2), rand(2, 30, 256, seed=3)
+    expected = stock.attention_pytorch(q, k, v, heads=2)
+    assert torch.allclose(models.cudnn_attention(q, k, v, 2), expected, atol=1e-6)
+    mask = torch.zeros(20, 30)
+    assert torch.allclose(models.cudnn_attention(q, k, v, 2, mask=mask), expected, atol=1e-6)
 
 
 def test_a_missing_kernel_is_refused_by_name():

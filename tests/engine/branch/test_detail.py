@@ -414,9 +414,9 @@ def test_chunk_size_does_not_change_the_result(wan, monkeypatch, overlap):
     x, t, context = inputs((5, 14, 18))
     results, chunks, stock = [], [], ChunkSize.keep_pace
 
-    def counted(self):  # called once for every chunk
+    def counted(self, tokens):  # called once for every chunk
         chunks[-1] += 1
-        stock(self)
+        stock(self, tokens)
 
     monkeypatch.setattr(ChunkSize, "keep_pace", counted)
     for chunk in (7, 64, 100, 100_000):  # 100: windows of several sizes in one chunk

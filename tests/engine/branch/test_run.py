@@ -116,8 +116,11 @@ def test_tokens_in_host_memory_give_the_same_result(wan, overlap, weight, monkey
     assert not made
     scarce = sample(branch(wan, overlap=overlap, guide_weight=weight, memory_budget="0.001 GB"))
     sizes = {len(each.values) for each in made}
-    ring = {SlidingWindows(PLAN.tokens, WINDOW).ring.count} if overlap == "sliding" else set()
+    ring = SlidingWindows(PLAN.tokens, WINDOW).ring.count + PLAN.proxy_tokens.count
+    ring = {ring} if overlap == "sliding" else set()
     assert sizes == {PLAN.tokens.count} | ring
+    assert len(made) <= 2 + len(ring), "made once for all forwards of a run"
+    assert all(each._outbox._worker._shutdown for each in made)
     assert relative_error(scarce, free) < 1e-5
 
 

@@ -18,8 +18,9 @@ from atlasvid.engine.branch.apply import apply_detail_branch
 from atlasvid.engine.branch.memory import MemoryPlan
 from atlasvid.engine.branch.run import SamplingRun
 from atlasvid.engine.comfyui import management, models
-from atlasvid.engine.device import copies, tokens
+from atlasvid.engine.device import copies, outbox
 from atlasvid.engine.device.chunks import ChunkSize
+from atlasvid.engine.families import fused
 from atlasvid.engine.geometry.grid import Grid
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -100,8 +101,11 @@ def card(monkeypatch):
     monkeypatch.setattr(sparsity, "block_order", partial(order_on, sparsity.block_order))
     monkeypatch.setattr(models, "apply_rope", comfy.ldm.flux.math._apply_rope1)
     monkeypatch.setattr(management, "free_memory", lambda *_: 2**34)
+    monkeypatch.setattr(engine_forward, "measured_chunk", lambda *_: 65_536)
     monkeypatch.setattr(copies, "Mark", NoMark)
-    monkeypatch.setattr(tokens, "ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr(outbox, "ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr(fused, "agree", lambda *_: True)
+    monkeypatch.setattr(fused, "_agreed", {})
     monkeypatch.setattr(
         copies, "host_buffer", lambda shape, dtype, _: torch.empty(shape, dtype=dtype)
     )

@@ -19,13 +19,14 @@ from atlasvid.engine.geometry.grid import Grid
 from atlasvid.engine.geometry.layout import OVERLAPS, Layout
 from atlasvid.engine.geometry.plan import make_plan
 from atlasvid.engine.geometry.windows import COMPACT, SlidingWindows
+from atlasvid.engine.vae import needs
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from wan import WAN21, forward, plan_of, rand, small_wan
 
 SHAPE = ModelShape(name="small", dim=256, layers=3, ffn_dim=512, text_tokens=16)
 UHD = make_plan(WAN21, 3840, 2160, 10.0, 16.0, 480, 4)
 MACHINE = cost.Machine(card=24 * 2**30, host=64 * 2**30, disk=200 * 2**30)
-RATES = Rates(1e14, 1e14, 1e12, 2e13, 1e10)
+RATES = Rates(1e14, 1e14, 1e12, 2e13, 1e10, 3e13)
 QUERY = {
     "width": "3840",
     "height": "2160",
@@ -141,7 +142,34 @@ def test_flops_of_the_decoder():
     plan = plan_of((3, 8, 8), (1, 4, 4))
     assert tuple(pixels.shape[2:]) == (plan.frames, plan.height, plan.width)
     shape = replace(SHAPE, vae_channels=16)
-    assert cost.decode_flops(shape, plan) == pytest.approx(counter.get_total_flops(), rel=0.05)
+    flops = cost.decode_flops(shape, plan) + cost.decode_attention_flops(shape, plan)
+    assert flops == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+def test_attention_of_a_large_decode_is_counted():
+    """A large part of an 8K decode, a small one of a 2K decode."""
+
+    def share(width, height):
+        plan = make_plan(WAN21, width, height, 1.75, 16.0, 480, 4)
+        attention = cost.decode_attention_flops(cost.WAN_1_3B, plan)
+        return attention / cost.decode_flops(cost.WAN_1_3B, plan)
+
+    assert share(7680, 4320) == pytest.approx(16 * share(1920, 1080), rel=0.05)
+    assert 0.3 < share(7680, 4320) < 0.5
+
+
+def test_8k_fits_a_card_of_12_gib_and_says_so():
+    plan = make_plan(WAN21, 7680, 4320, 1.8, 16.0, 480, 1)
+    assert plan.frames == 29
+    machine = replace(MACHINE, card=12 * 2**30)
+    need = cost.memory(cost.WAN_1_3B, plan, Settings(COMPACT), machine)
+    assert not cost.problems(plan, need, machine)
+    least = needs.least_decode_bytes(8, 96, plan.latent[1:], 2)
+    assert 1 * 2**30 < least <= need.card_least
+    tiny_card = replace(MACHINE, card=least - 1)
+    need = cost.memory(replace(SHAPE, layers=1), plan, Settings(COMPACT), tiny_card)
+    assert need.card_least >= least, "the decode counts where sampling would fit"
+    assert cost.problems(plan, need, tiny_card)
 
 
 def test_paper_s_reduction_of_attention():
@@ -165,7 +193,8 @@ def test_more_of_anything_takes_longer():
 
 def test_a_ring_that_fills_the_card_is_counted_in_host_memory():
     settings = Settings(Grid(21, 30, 52), overlap="sliding")
-    ring = 2 * SlidingWindows(UHD.tokens, settings.window).ring.count * cost.WAN_1_3B.dim * 2
+    kept = SlidingWindows(UHD.tokens, settings.window).ring.count + UHD.proxy_tokens.count
+    ring = 2 * kept * cost.WAN_1_3B.dim * 2
     least = cost.memory(cost.WAN_1_3B, UHD, settings, MACHINE).card_least
     small, large = (
         cost.memory(cost.WAN_1_3B, UHD, settings, replace(MACHINE, card=least + beside))

@@ -6,7 +6,7 @@ import comfy.ldm.wan.vae
 import pytest
 import torch
 from atlasvid.engine.comfyui import media, server
-from atlasvid.engine.vae import wan
+from atlasvid.engine.vae import middle, wan
 from atlasvid.engine.vae.decode import TiledDecoder, decode_images
 from atlasvid.engine.vae.layers import convolutions
 from atlasvid.engine.vae.regions import Region, Span, TileGrid
@@ -223,17 +223,14 @@ def test_counted_work_is_what_the_convolutions_do(monkeypatch):
     assert tiled.cost.macs(grid) == pytest.approx(per_latent - z_macs, rel=1e-6)
 
 
-def test_sliced_attention_is_the_cores(monkeypatch):
-    monkeypatch.setattr(wan, "ATTENTION_SCORE_BYTES", 7 * 120 * 4)
+@pytest.mark.parametrize("attend", [middle.sliced_attention, middle.fused_attention])
+def test_attention_is_the_cores(monkeypatch, attend):
+    monkeypatch.setattr(middle, "ATTENTION_SCORE_BYTES", 7 * 120 * 4)
     q, k, v = torch.randn(3, 2, 32, 10, 12, generator=torch.Generator().manual_seed(1))
     expected = media.plain_attention(q, k, v)
-    assert (wan.sliced_attention(q, k, v) - expected).abs().max() <= 1e-6
-
-
-def test_fused_attention_is_the_cores():
-    q, k, v = torch.randn(3, 2, 32, 10, 12, generator=torch.Generator().manual_seed(1))
-    expected = media.plain_attention(q, k, v)
-    assert (wan.lean_attention(q, k, v) - expected).abs().max() <= 1e-6
+    flat = [[frame.flatten(1).T for frame in x] for x in (q, k, v)]
+    ours = torch.stack([attend(*frame).T.view(32, 10, 12) for frame in zip(*flat, strict=True)])
+    assert (ours - expected).abs().max() <= 1e-6
 
 
 def test_less_memory_means_smaller_tiles():
