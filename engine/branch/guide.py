@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,7 +182,7 @@ class GuideStream:
             yield keys, values
             del keys, values  # before those of the next block are made
 
-    def finish(self, keys_of_blocks: Iterator[Pair]) -> None:
+    def finish(self, keys_of_blocks: Iterable[Pair | None]) -> None:
         """After the target's last block: what the guide itself still has to compute."""
         for _ in keys_of_blocks:
             pass

@@ -21,7 +21,7 @@ FINE = 2
 EDGE = 44
 CURVES_WIDTH = 800
 PANEL, GAP = 106, 56
-TOP = 200
+TOP = 216
 
 GROUND, FRAME = "#1b1720", "#4a4257"
 TEXT, FAINT, LINE = "#efe9f5", "#a59bb3", "#c9a0dc"
@@ -97,7 +97,7 @@ def _draw_head(canvas: _Canvas, report: Report, found: dict[str, str]) -> None:
         f"{plan.width} x {plan.height}   {report.frames} frames at {plan.fps:g} fps   windows of "
         f"{report.layout.window} tokens, {report.layout.overlap}"
     )
-    canvas.text((EDGE, 148), facts, 17, FAINT)
+    canvas.text((EDGE, max(148, y - 4)), facts, 17, FAINT)
 
 
 def _draw_panel(

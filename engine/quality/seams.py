@@ -131,12 +131,13 @@ class SeamMeter:
         sums = torch.stack([energies, steps.abs().flatten(1).mean(1)])
         self._sums = sums if self._sums is None else self._sums + sums
         self._frames += 1
-        return _score(*sums, self._positions, self.lines)
+        return _score(sums[0], sums[1], self._positions, self.lines)
 
     def score(self) -> SeamScore:
         """Of all frames so far, one or more."""
         assert self._sums is not None
-        return _score(*(self._sums / self._frames), self._positions, self.lines)
+        energies, roughness = self._sums / self._frames
+        return _score(energies, roughness, self._positions, self.lines)
 
     def heights(self, frame: Tensor) -> dict[int, list[float]]:
         """The steps of a frame's segments in grey levels, beyond what is usual, by cut."""
