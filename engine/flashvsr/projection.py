@@ -103,7 +103,7 @@ class ProjectionStream:
         rows: rows of tokens to convolve at a time; halved when they do not fit.
     """
 
-    def __init__(self, projection: LowQualityProjection, version: Version, rows: int) -> None:
+    def __init__(self, projection: LowQualityProjection, version: str, rows: int) -> None:
         if version not in VERSIONS:
             raise ValueError(f"FlashVSR version {version!r} is none of {', '.join(VERSIONS)}.")
         self.projection = projection
