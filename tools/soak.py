@@ -101,7 +101,7 @@ def plan(
 
 
 def save(rows: list[dict[str, Any]], chosen: int, keep: bool) -> None:
-    """benchmarks/reliability.md and .json; with `keep` in place of the same rows of the last run."""
+    """benchmarks/reliability.md and .json; with `keep` beside the other rows of the last run."""
     from measure import RESULTS, markdown_table, save_results
 
     conditions = {"seed": chosen, "threads": threads(), "load": round(os.getloadavg()[1], 1)}
@@ -134,8 +134,8 @@ def line_of(row: dict[str, Any]) -> list[str]:
 
 
 NOTE = (
-    "Made by `python tools/soak.py`. Survived: the next render works and no partial file lies under "
-    "a final name. Slowest: from a cancel to the end of the execution, or from queueing a wrong "
+    "Made by `python tools/soak.py`. Survived: the next render works and no partial file lies "
+    "under a final name. Slowest: from a cancel to the end of the execution, or from queueing a wrong "
     "prompt to its error. Growth over the level before, at rest: the server's memory, open files, "
     "threads and temporary files. Load: processes that wanted a core, those of other programs too; "
     "above the number of cores, times are longer than on a quiet machine."
