@@ -136,9 +136,9 @@ def line_of(row: dict[str, Any]) -> list[str]:
 NOTE = (
     "Made by `python tools/soak.py`. Survived: the next render works and no partial file lies "
     "under a final name. Slowest: from a cancel to the end of the execution, or from queueing a "
-    "wrong prompt to its error. Growth over the level before, at rest: the server's memory, open files, "
-    "threads and temporary files. Load: processes that wanted a core, those of other programs too; "
-    "above the number of cores, times are longer than on a quiet machine."
+    "wrong prompt to its error. Growth over the level before, at rest: the server's memory, open "
+    "files, threads and temporary files. Load: processes that wanted a core, those of other "
+    "programs too; above the number of cores, times are longer than on a quiet machine."
 )
 
 
