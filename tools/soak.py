@@ -2,7 +2,7 @@
 
     python tools/soak.py                 about ten minutes on two cores
     python tools/soak.py --times 10      ten times as many tries
-    python tools/soak.py --only cancel   rows whose name has this in it
+    python tools/soak.py --only cancel   only what has this in its name; other rows are kept
 
 A real ComfyUI runs as a child process on small random models: it is killed, cancelled, given broken
 files and impossible numbers, and its disk and memory run out. After each fault the next render has
@@ -12,6 +12,7 @@ to work and no partial file may lie under a final name. The table goes to benchm
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import signal
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from bench import in_prepared_environment
 from environment import say, stop_on_errors, threads
@@ -34,7 +36,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--times", type=int, default=1, help="how often everything is tried")
     parser.add_argument("--renders", type=int, default=50, help="renders in a row (50)")
-    parser.add_argument("--only", default="", metavar="WORD", help="rows with this in their name")
+    parser.add_argument("--only", default="", metavar="WORD", help="rows to try again")
     parser.add_argument("--seed", type=int, help="of the random moments (default: the time)")
     return parser.parse_args()
 
@@ -73,8 +75,7 @@ def main() -> int:
                             say(f"  {lost}")
             finally:
                 host.stop()
-    if not options.only:
-        save(rows, chosen)
+    save([asdict(row) for row in rows], chosen, keep=bool(options.only))
     return int(any(row.lost for row in rows))
 
 
@@ -99,35 +100,45 @@ def plan(
     yield "kill training", lambda: t.killed_training(host, n)
 
 
-def save(rows: list, chosen: int) -> None:
-    """benchmarks/reliability.md and .json."""
-    from measure import markdown_table, save_results
+def save(rows: list[dict[str, Any]], chosen: int, keep: bool) -> None:
+    """benchmarks/reliability.md and .json; with `keep` beside the other rows of the last run."""
+    from measure import RESULTS, markdown_table, save_results
 
+    conditions = {"seed": chosen, "threads": threads(), "load": round(os.getloadavg()[1], 1)}
+    rows = [row | {"run": conditions} for row in rows]
+    file = RESULTS / "reliability.json"
+    if keep and file.exists():
+        new = {row["fault"]: row for row in rows}
+        rows = [new.pop(row["fault"], row) for row in json.loads(file.read_text())["rows"]]
+        rows += new.values()
+    lines = [line_of(row) for row in rows]
+    tried, survived = (sum(row[name] for row in rows) for name in ("tried", "survived"))
+    lines.append(["all", str(tried), str(survived), *[""] * 6])
     header = ["fault", "tried", "survived", "slowest", "memory", "files", "threads", "scratch"]
-    lines = []
-    for row in rows:
-        grown = list(asdict(row.growth).values()) if row.growth else []
-        lines.append(
-            [
-                row.fault,
-                str(row.tried),
-                str(row.survived),
-                "" if row.slowest is None else f"{row.slowest:.2f} s",
-                f"{grown[0] / MIB:.0f} MiB" if grown else "",
-                *(str(number) if grown else "" for number in grown[1:] or [""] * 3),
-            ]
-        )
-    tried, survived = sum(row.tried for row in rows), sum(row.survived for row in rows)
-    lines.append(["all", str(tried), str(survived), *[""] * 5])
-    table = markdown_table(header, lines) + "\n\n" + NOTE.format(seed=chosen, threads=threads())
-    save_results("reliability", [asdict(row) for row in rows], table)
+    table = markdown_table([*header, "seed, load"], lines)
+    save_results("reliability", rows, table + "\n\n" + NOTE)
+
+
+def line_of(row: dict[str, Any]) -> list[str]:
+    grown = list((row["growth"] or {}).values())
+    run = row.get("run")
+    return [
+        row["fault"],
+        str(row["tried"]),
+        str(row["survived"]),
+        "" if row["slowest"] is None else f"{row['slowest']:.2f} s",
+        f"{grown[0] / MIB:.0f} MiB" if grown else "",
+        *(str(number) if grown else "" for number in grown[1:] or [""] * 3),
+        f"{run['seed']}, {run['load']}" if run else "",
+    ]
 
 
 NOTE = (
-    "Made by `python tools/soak.py --seed {seed}`, PyTorch on {threads} threads. Survived: the "
-    "next render works and no partial file lies under a final name. Slowest: from a cancel to the "
-    "end of the execution, or from queueing a wrong prompt to its error. Growth over the level "
-    "before, at rest: the server's memory, open files, threads and temporary files."
+    "Made by `python tools/soak.py`. Survived: the next render works and no partial file lies "
+    "under a final name. Slowest: from a cancel to the end of the execution, or from queueing a "
+    "wrong prompt to its error. Growth over the level before, at rest: the server's memory, open "
+    "files, threads and temporary files. Load: processes that wanted a core, those of other "
+    "programs too; above the number of cores, times are longer than on a quiet machine."
 )
 
 

@@ -80,7 +80,7 @@ class ScratchFile:
 
     def append(self, tensor: Tensor) -> int:
         data = tensor.detach().to("cpu").contiguous()
-        with self._lock, full_disk_named(self.path.parent, "Keeping decoded parts of the video"):
+        with self._lock, full_disk_named(self.path.parent, "Keeping parts of the video"):
             self._file.seek(self._end)
             self._file.write(data.reshape(-1).view(torch.uint8).numpy().data)
             self._file.flush()  # here, not when it is closed

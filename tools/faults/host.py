@@ -167,9 +167,10 @@ class Host:
 
     def level(self) -> Level:
         """What the server holds once models and caches are dropped."""
-        self.ask("/free", {"unload_models": True, "free_memory": True})
         process, before = psutil.Process(self.server.process.pid), NOTHING
-        for _ in range(15):  # the server drops them in a thread of its own, when it comes to it
+        for _ in range(15):
+            # Again each time: asked between two prompts, the server can miss it.
+            self.ask("/free", {"unload_models": True, "free_memory": True})
             time.sleep(1)
             self.ask("/faults/settle", {})
             level = Level(

@@ -375,7 +375,7 @@ PLAN_QUERIES: tuple[dict[str, Any], ...] = (
     {"fps": "1e9"},
     {"seconds": "nan"},
     {"width": "-1"},
-    {"shape": "[" * 3000},
+    {"shape": "[" * 1500},
     {"shape": '{"dim": 0, "ffn_dim": 1, "layers": 1}'},
     {"model": "a" * 3000, "width": "many"},
     {"window": "custom", "window.frames": "-1"},
