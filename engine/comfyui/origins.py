@@ -126,7 +126,15 @@ def patches(model: Any) -> dict[str, Any]:
         "attachments": model.attachments,
         "object patches": model.object_patches,
         "dtype": model.model.get_dtype_inference(),
+        "network": _numbers(model.model.diffusion_model),
+        "noise levels": _numbers(model.get_model_object("model_sampling")),
     }
+
+
+def _numbers(thing: Any) -> dict[str, Any]:
+    """The plain attributes of an object, such as a network's width or the shift of noise levels."""
+    kept = {key: value for key, value in vars(thing).items() if not key.startswith("_")}
+    return {k: v for k, v in kept.items() if isinstance(v, int | float | str)}
 
 
 def options(model_options: dict, own: tuple[str, ...]) -> dict[str, Any]:

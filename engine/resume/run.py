@@ -257,7 +257,6 @@ class ResumeRun:
         parts = {
             "environment": environment,
             "sources": sources_digest(),
-            "class": type(model.model),
             "layers": layers(model.model),
             "patches": origins.patches(model),
         }
