@@ -488,6 +488,18 @@ def test_other_settings_than_trained_with_are_named(wan, tmp_path, caplog):
     assert not caplog.records
 
 
+@pytest.mark.parametrize(("trained", "warns"), [(4.5, True), (2.05, False), (None, False)])
+def test_another_ratio_of_target_to_proxy_is_named(wan, tmp_path, caplog, trained, warns):
+    """Rounding to whole tokens is no other ratio, and older files do not say theirs."""
+    tensors = pair("diffusion_model.blocks.0.ffn.0", 256, 512)
+    path = saved(tmp_path / "a.safetensors", tensors, replace(RECIPE, ratio=trained))
+    lora, plan = load_guide_lora(path, 1.0), plan_of((5, 8, 12), (2, 4, 6))
+    assert lora.file.recipe.ratio == trained
+    apply_detail_branch(wan, plan, rand(1, 16, 2, 4, 6), WINDOW, "clean", guide_lora=lora)
+    found = "target-to-proxy ratio 4.5 and is used with 2.0" in caplog.text
+    assert (found, bool(caplog.records)) == (warns, warns)
+
+
 def test_a_proxy_lora_is_refused(tmp_path):
     tensors = pair("diffusion_model.blocks.0.ffn.0", 256, 512)
     path = saved(tmp_path / "a.safetensors", tensors, replace(RECIPE, stage="proxy"))
