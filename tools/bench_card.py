@@ -58,7 +58,8 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps({"chunks": chunks, "flashvsr": flashvsr}[case.pop("what")](**case)))
         return
     steps = tiny_steps() if args.tiny else card_steps()
-    report = Report("card_tiny" if args.tiny else "card")
+    # What a tiny run finds says nothing: it is not kept beside the measurements.
+    report = Report(Path(tempfile.gettempdir()) / "atlasvid-card" if args.tiny else RESULTS)
     end = time.monotonic() + 60 * args.minutes
     for step in steps:
         if args.only and args.only not in step.name:
@@ -80,10 +81,10 @@ def run(args: argparse.Namespace) -> None:
 class Report:
     """What was found so far, on disk."""
 
-    def __init__(self, name: str):
-        RESULTS.mkdir(exist_ok=True)
-        self.lines = RESULTS / f"{name}.jsonl"
-        self.table = RESULTS / f"{name}.md"
+    def __init__(self, folder: Path):
+        folder.mkdir(exist_ok=True)
+        self.lines = folder / "card.jsonl"
+        self.table = folder / "card.md"
         self.facts = conditions()
         self.rows: list[list[str]] = []
         self.lines.write_text(json.dumps(self.facts) + "\n", "utf-8")

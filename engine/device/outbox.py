@@ -16,12 +16,16 @@ class Outbox:
     """Copies results to the host on a stream of their own and hands them on in a worker thread.
 
     At most two wait, so memory stays bounded.
+
+    Args:
+        what: the results are, for an error message.
     """
 
     WAITING = 2
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, what: str = "a result"):
         self.device = device
+        self.what = what
         self._worker = ThreadPoolExecutor(1, "atlasvid-results")
         self._pending: list[Future[None]] = []
 
@@ -49,7 +53,7 @@ class Outbox:
             try:
                 self._pending.pop(0).result()
             except Exception as error:  # the work being done now cannot mend it
-                raise RuntimeError(f"AtlasVid could not keep a result: {error!r}") from error
+                raise RuntimeError(f"AtlasVid could not keep {self.what}: {error!r}") from error
 
     def close(self) -> None:
         """Wait for the worker and let it go."""

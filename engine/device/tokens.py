@@ -74,7 +74,7 @@ class HostTokens:
         self.values = torch.empty((count, dim), dtype=dtype)
         self._rows = self.values.view(WORD)
         self.device = device
-        self._outbox = Outbox(device)
+        self._outbox = Outbox(device, "tokens on the host")
 
     @property
     def index_device(self) -> torch.device:
