@@ -126,6 +126,12 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
+def require_one_card(options: argparse.Namespace) -> None:
+    """Raises SetupError for several cards where a stage trains on one."""
+    if options.stage in PARTS and options.cards > 1:
+        raise SetupError(f"stage {options.stage} trains on one card: leave --cards out")
+
+
 def require_models(options: argparse.Namespace) -> None:
     """Raises SetupError for model files that are not named or not there."""
     if options.tiny:
@@ -151,6 +157,7 @@ def require_models(options: argparse.Namespace) -> None:
 
 def train() -> int:
     options = arguments().parse_args()
+    require_one_card(options)
     require_models(options)
     comfyui = own_comfyui(options.comfyui)
     kind = "FlashVSR" if options.stage in PARTS else "loras"
