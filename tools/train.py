@@ -171,6 +171,12 @@ def parsed(given: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(given)
 
 
+def require_one_card(options: argparse.Namespace) -> None:
+    """Raises SetupError for several cards where a stage trains on one."""
+    if options.stage in PARTS and options.cards > 1:
+        raise SetupError(f"stage {options.stage} trains on one card: leave --cards out")
+
+
 def require_models(options: argparse.Namespace) -> None:
     """Raises SetupError for model files that are not named or not there."""
     if options.tiny:
@@ -196,6 +202,7 @@ def require_models(options: argparse.Namespace) -> None:
 
 def train() -> int:
     options = parsed()
+    require_one_card(options)
     require_models(options)
     comfyui = own_comfyui(options.comfyui)
     kind = "FlashVSR" if options.stage in PARTS else "loras"

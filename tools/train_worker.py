@@ -142,8 +142,6 @@ def train_part(options: Any) -> None:
     from atlasvid.engine.training.pairs import clips_without_captions, encode_clips
     from safetensors.torch import load_file
 
-    if options.cards > 1:
-        raise ValueError(f"Stage {options.stage} trains on one card: leave --cards out.")
     name = options.name or f"atlasvid_{options.stage.replace('-', '_')}"
     job = Job(options.output, options.work, name)
     job.require_own_name()

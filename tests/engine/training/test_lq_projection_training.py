@@ -30,6 +30,7 @@ from atlasvid.engine.training.pairs import clips_without_captions, encode_clips
 from clips import render
 from flashvsr_dit_reference import DenseFlashVSR, tokens_of_frames
 from safetensors import safe_open
+from safetensors.torch import load_file
 from wan import rand
 
 WIDTHS = (6, 10, 256)
@@ -64,6 +65,14 @@ def samples(tmp_path_factory):
     files = encode_clips(clips_without_captions(folder), vae, folder / "encoded", settings())
     assert len(files) == 1
     return files
+
+
+def test_the_latent_of_a_cut_begins_with_that_of_the_frames_decoded(samples):
+    """A step reads 25 frames and learns the latent of the 21 that the first chunk makes."""
+    tensors = load_file(samples[0])
+    vae = media.load_vae(tiny.vae_state())
+    decoded = models.wan_latent_in(media.encode_pixels(vae, tensors["frames"][:21].float() / 255))
+    torch.testing.assert_close(tensors["latent"][:, :, :6], decoded, atol=1e-5, rtol=0)
 
 
 def projection_state(seed=4, widths=WIDTHS):
@@ -151,17 +160,17 @@ def one_step(model, prompt, projection, chosen, pair, noise):
 
 
 def test_a_run_learns_a_clip_and_its_file_is_a_projection(trainer, samples, model, prompt):
-    chosen = settings(40)
+    chosen = settings(24, learning_rate=6e-3)
     run = trainer(chosen)
     before = {name: w.clone() for name, w in model.model.diffusion_model.state_dict().items()}
     run.run(samples)
-    assert sum(run.losses[-10:]) < 0.8 * sum(run.losses[:10])
+    assert sum(run.losses[-5:]) < 0.8 * sum(run.losses[:5])
     now = model.model.diffusion_model.state_dict()
     assert all(torch.equal(now[name], weight) for name, weight in before.items())
     assert run.path.with_suffix(".png").stat().st_size > 1000
     with safe_open(run.path, "pt") as file:
         recipe = json.loads(file.metadata()["atlasvid_lq_projection"])
-    assert (recipe["steps"], recipe["version"], recipe["side"]) == (40, "v1.1", 128)
+    assert (recipe["steps"], recipe["version"], recipe["side"]) == (24, "v1.1", 128)
 
     learned = read_projection(run.path)
     pair, noise = run.sample(step_generator(7, 0)), rand(1, 16, 6, 16, 16, seed=5)
