@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from itertools import islice
@@ -167,7 +167,7 @@ class _PartOfContainer:
         return items
 
 
-def video_batches(video: Any, size: int) -> Iterator[Tensor]:
+def video_batches(video: Any, size: int) -> Generator[Tensor, None, None]:
     """The images of a video file, as its `get_components` gives them, about `size` at a time.
 
     Raises:

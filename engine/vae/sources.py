@@ -72,8 +72,12 @@ class FileFrames:
     def frames(self) -> int:
         return media.frame_count(self.video)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        return self._decoded_size
+
     @cached_property
-    def size(self) -> tuple[int, int]:  # type: ignore[override]
+    def _decoded_size(self) -> tuple[int, int]:
         """That of the first frame: a phone's file is often turned when it is decoded.
 
         Raises:
