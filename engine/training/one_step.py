@@ -36,6 +36,7 @@ class TrainedStep(Evaluation):
     def __init__(
         self, net: Any, prompt: Tensor, like: Tensor, grid: BlockGrid, sparsity: Sparsity
     ) -> None:
+        net.requires_grad_(False)  # ComfyUI 0.18 loads weights that ask for gradients
         with torch.no_grad():
             super().__init__(frozen_view(net), prompt, like, grid, sparsity)
         self.options = training_options()
