@@ -4,7 +4,6 @@ COMFYUI_PATH names the ComfyUI under test, COMFYUI_OLDEST_PATH the oldest one th
 `tools/test.py` sets both.
 """
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -18,12 +17,7 @@ sys.path.append(str(ROOT / "tools"))  # last: a test must not find tools/test.py
 
 import browser  # noqa: E402
 import comfy_server  # noqa: E402
-
-
-def comfyui_folder(variable: str) -> Path:
-    if variable not in os.environ:
-        pytest.exit(f"{variable} is not set: run `python tools/test.py`", 2)
-    return Path(os.environ[variable])
+from pipeline import comfyui_folder  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,21 @@
-"""The whole pipeline as a prompt (API format), small enough for a test."""
+"""The whole pipeline as a prompt (API format), small enough for a test, and where it runs."""
 
+import os
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 Prompt = dict[str, dict[str, Any]]
 
 DETAIL = "detail_sampler"
+
+
+def comfyui_folder(variable: str) -> Path:
+    """The ComfyUI that an environment variable names."""
+    if variable not in os.environ:
+        pytest.exit(f"{variable} is not set: run `python tools/test.py`", 2)
+    return Path(os.environ[variable])
 
 
 def node(kind: str, **inputs: Any) -> dict[str, Any]:

@@ -10,8 +10,7 @@ from typing import Any
 import comfy_server
 import pytest
 from comfy_server import PromptFailed, Server, Session, output_files, request
-from conftest import comfyui_folder
-from pipeline import DETAIL, Prompt, node, pipeline
+from pipeline import DETAIL, Prompt, comfyui_folder, node, pipeline
 from safetensors.torch import load_file
 
 TIMEOUT = 300.0
