@@ -139,16 +139,12 @@ class DetailBranch:
             return executor(x, timestep, context, *args, **kw)
         given.require_known()
         with run_of(given.options) as run:
+            run.require_finite()
             net = executor.class_obj
             branch = DetailForward(net, self.family, self.settings, run, given.options)
             predicted = branch(x, timestep, given)
-        if not predicted.isfinite().all() and x.isfinite().all():
-            raise ValueError(
-                "The model's prediction contains NaN or infinite values, so the video would be of "
-                "one colour. Check the model's file, its precision and the strengths of its LoRAs "
-                "and of the guide's."
-            )
-        return predicted
+            run.watch(x, predicted)
+            return predicted
 
     def prepare(self, executor: Any, patcher: Any, noise_shape: Any, *args: Any, **kw: Any) -> Any:
         """PREPARE_SAMPLING wrapper: loads weights beside what this forward needs, no more."""

@@ -46,6 +46,7 @@ class SamplingRun:
         self.compile_choices = compile_choices
         self.guide_keys: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
         self._progress: RunProgress | None = None
+        self._finite: Tensor | None = None
         self._noise: Tensor | None = None
         self._made: dict[tuple, Any] = {}
 
@@ -76,8 +77,26 @@ class SamplingRun:
             self._progress = RunProgress(schedule, blocks, tokens)
         return self._progress
 
+    def watch(self, x: Tensor, predicted: Tensor) -> None:
+        """Note whether a forward's result is finite, without waiting for the device."""
+        self._finite = predicted.isfinite().all() | ~x.isfinite().all()
+
+    def require_finite(self) -> None:
+        """Look at the forward before, which the device has finished long since.
+
+        Raises:
+            ValueError: its result was not finite, though it was given finite values.
+        """
+        if self._finite is not None and not self._finite:
+            raise ValueError(
+                "The model's prediction contains NaN or infinite values, so the video would be of "
+                "one colour. Check the model's file, its precision and the strengths of its LoRAs "
+                "and of the guide's."
+            )
+
     def finish(self) -> None:
         """The sampler came to its end."""
+        self.require_finite()
         if self._progress is not None:
             self._progress.done()
 

@@ -429,7 +429,7 @@ def test_a_failed_copy_to_the_host_is_not_repaired_by_halving():
 
     tokens = HostTokens(8, 4, torch.float32, torch.device("cpu"))
     tokens.write(torch.arange(2), torch.zeros(2, 5))  # does not fit
-    with pytest.raises(RuntimeError, match="could not keep a result"):
+    with pytest.raises(RuntimeError, match="could not keep tokens on the host"):
         tokens.settle()
     tokens.close()
 
