@@ -112,9 +112,12 @@ def test_detail_latent_has_the_targets_size(wan):
 def test_tiny_models_work_with_the_stock_text_node():
     from nodes import CLIPTextEncode
 
-    model, clip, vae, guide_lora, proxy_model = execute(nodes.AtlasVidTinyModels, 5, "random")
+    model, clip, vae, guide_lora, proxy_model, flashvsr = execute(
+        nodes.AtlasVidTinyModels, 5, "random"
+    )
     assert guide_lora is None
     assert proxy_model is model
+    assert flashvsr.tc_decoder is not None
     ((embedding, _),) = CLIPTextEncode().encode(clip, "a red fox")[0]
     assert embedding.shape == (1, 16, 4096)
     ((same, _),) = CLIPTextEncode().encode(clip, "A red fox")[0]

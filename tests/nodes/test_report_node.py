@@ -34,8 +34,8 @@ def test_a_video_of_a_latent_is_decoded_once(monkeypatch):
     plan, decodes = plan_of((2, 4, 4), (1, 2, 2), stride=4), []
     tiled = TiledDecoder(wan21_vae(), rand(1, 16, 2, 4, 4))
     video = StreamedVideo(tiled, Fraction(16))
-    decode = TiledDecoder.blocks
-    monkeypatch.setattr(TiledDecoder, "blocks", lambda *args: decodes.append(1) or decode(*args))
+    decode = TiledDecoder.tiles
+    monkeypatch.setattr(TiledDecoder, "tiles", lambda *args: decodes.append(1) or decode(*args))
     monkeypatch.setattr(StreamedVideo, "get_components", lambda _: 1 / 0)  # all frames at once
     texts = {report(plan, video, COMPACT, "shifted").args[1] for _ in range(2)}
     assert (len(texts), len(decodes)) == (1, 1)
