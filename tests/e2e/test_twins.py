@@ -80,7 +80,7 @@ def write_video(file: Path) -> None:
 
 
 def write_clips(folder: Path) -> None:
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     write_video(folder / "clip.mp4")
     (folder / "clip.txt").write_text("a wide view of a red balloon", "utf-8")
 

@@ -80,7 +80,7 @@ ALIASES = {
     "sigma_max": "high",
     "weights": "model",
     "clip_vision_output": "positive",
-    "video": "pixels",
+    "AtlasVidFlashVSR.video": "pixels",
 }
 """How the engine calls what an input gives, or the output that shows it, where names differ."""
 
@@ -289,4 +289,5 @@ def test_every_input_has_an_effect_of_its_own(call, base, node_id, name):
         pytest.skip("this ComfyUI writes 8 bits only")
     changed = call(node_id, name, INSTEAD.get(name))
     own = name.rpartition(".")[2]
-    require_effect(base(node_id, name), changed, own, ALIASES.get(own, own))
+    alias = ALIASES.get(f"{node_id}.{own}", ALIASES.get(own, own))
+    require_effect(base(node_id, name), changed, own, alias)
