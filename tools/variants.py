@@ -280,7 +280,7 @@ GUIDE_LORA = {
 }
 REPORT = {
     "type": "AtlasVidReport",
-    "pos": [2120, 600],
+    "pos": [2120, 960],  # below the video that the node above will show
     "size": [600, 700],
     "flags": {},
     "order": 0,
