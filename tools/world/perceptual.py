@@ -19,13 +19,17 @@ def load() -> Any:
     Raises:
         ImportError: the package is not installed.
     """
+    stand_ins = {}
     for name, member in (("IPython", "embed"), ("torchsummary", "summary")):
         if name not in sys.modules:  # imported by the package for debugging alone
-            stand_in = ModuleType(name)
-            setattr(stand_in, member, None)
-            sys.modules[name] = stand_in
-    from stlpips_pytorch.stlpips import LPIPS
-
+            stand_ins[name] = ModuleType(name)
+            setattr(stand_ins[name], member, None)
+    sys.modules.update(stand_ins)
+    try:
+        from stlpips_pytorch.stlpips import LPIPS
+    finally:
+        for name in stand_ins:  # others ask whether there is an IPython
+            del sys.modules[name]
     return LPIPS(net="alex", variant="shift_tolerant", verbose=False).requires_grad_(False)
 
 
