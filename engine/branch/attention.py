@@ -76,11 +76,13 @@ def cudnn_is_faster(device: torch.device) -> bool:
     if pytorch is None:
         return False
     heads, windows, queries, keys = 12, 32, 1_024, 1_104
-    sizes = ((windows, n, heads * 128) for n in (queries, keys, keys))
-    few = [torch.randn(size, device=device, dtype=torch.bfloat16) for size in sizes]
+    q, k, v = (
+        torch.randn((windows, n, heads * 128), device=device, dtype=torch.bfloat16)
+        for n in (queries, keys, keys)
+    )
     try:
-        expected = pytorch(*few, heads=heads).float()
-        given = models.cudnn_attention(*few, heads).float()
+        expected = pytorch(q, k, v, heads=heads).float()
+        given = models.cudnn_attention(q, k, v, heads).float()
     except Exception as error:
         if management.is_out_of_memory(error):
             return False
@@ -91,7 +93,7 @@ def cudnn_is_faster(device: torch.device) -> bool:
         log.warning("AtlasVid: cuDNN's attention is off by %.2g on this card", difference)
         return False
     took = [
-        _seconds(device, lambda call=call: call(*few, heads=heads))
+        _seconds(device, lambda call=call: call(q, k, v, heads=heads))
         for call in (models.cudnn_attention, pytorch)
     ]
     return took[0] < WORTH * took[1]

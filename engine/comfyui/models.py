@@ -113,9 +113,9 @@ def cudnn_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, **kwargs: Any) 
     """PyTorch's attention by cuDNN where that can, with the parameters of ComfyUI's attentions."""
     if kwargs.get("mask") is not None or kwargs.get("skip_reshape") or q.ndim != 3:
         return comfy.ldm.modules.attention.attention_pytorch(q, k, v, heads=heads, **kwargs)
-    by_head = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel(list(CUDNN_FIRST), set_priority=True):
-        out = torch.nn.functional.scaled_dot_product_attention(*by_head)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     return out.transpose(1, 2).flatten(2)
 
 

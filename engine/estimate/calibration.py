@@ -90,28 +90,28 @@ def measure(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> Rate
     attention = _best(device, lambda: models.attention(q, k, v, dim // HEAD, options))
 
     tokens = 4_096 if device.type == "cpu" else 16_384  # a chunk as the forward evaluates it
-    x, wide, scale = rand(1, tokens, dim), rand(1, tokens, ffn), rand(dim)
+    some, wider, scale = rand(1, tokens, dim), rand(1, tokens, ffn), rand(dim)
     freqs = rand(1, tokens, 1, HEAD // 2, 2, 2).float()  # as a forward's are
     index = torch.randperm(tokens, device=device)
 
     def pointwise() -> None:
         """The kinds of operation that surround a block's matrices: 44 passes and 2 wide ones."""
         for _ in range(3):
-            torch.addcmul(scale, F.layer_norm(x, (dim,)), scale)
+            torch.addcmul(scale, F.layer_norm(some, (dim,)), scale)
         for _ in range(2):
-            models.apply_rope(F.rms_norm(x, (dim,)).unflatten(-1, (-1, HEAD)), freqs)
+            models.apply_rope(F.rms_norm(some, (dim,)).unflatten(-1, (-1, HEAD)), freqs)
         for _ in range(3):
-            torch.addcmul(x, x, scale)
-        x[0, index] = x[0, index]
-        F.gelu(wide, approximate="tanh")
+            torch.addcmul(some, some, scale)
+        some[0, index] = some[0, index]
+        F.gelu(wider, approximate="tanh")
 
     moved = tokens * dtype.itemsize * (44 * dim + 2 * ffn)
     passes = _best(device, pointwise)
 
     convolution = _convolution_rate(shape.vae_channels, device, dtype)
 
-    side, wide = int((budget / (4 * 4 * shape.vae_channels)) ** 0.5), 4 * shape.vae_channels
-    frame = rand(1, 1, side, wide)
+    side, channels = int((budget / (4 * 4 * shape.vae_channels)) ** 0.5), 4 * shape.vae_channels
+    frame = rand(1, 1, side, channels)
     wide_attention = _best(device, lambda: F.scaled_dot_product_attention(frame, frame, frame))
 
     block = torch.empty(64 * 2**20, dtype=torch.uint8)

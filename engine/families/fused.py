@@ -53,7 +53,8 @@ def _fits(linear: Any, gelu: nn.Module, x: Tensor) -> bool:
 
 def _fused(linear: Any, x: Tensor) -> Tensor:
     with models.weights(linear, x) as (weight, bias):
-        flat = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
+        assert bias is not None  # `_fits` has looked
+        flat = torch.ops.aten._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
     return flat.unflatten(0, x.shape[:-1])
 
 

@@ -124,6 +124,7 @@ class ProjectionStream:
         frames = unshuffle(clip)
         middle = self._first(frames)
         before = self._middle if self.remembers else middle[:, :, -IN_FRONT:]
+        assert before is not None, "begin comes first"
         tokens = self._second(torch.cat([before, middle], dim=2))
         if self.remembers:
             self._frames, self._middle = frames[:, :, -IN_FRONT:], middle
@@ -131,6 +132,7 @@ class ProjectionStream:
 
     def _first(self, frames: Tensor) -> Tensor:
         before = self._frames if self.remembers else frames[:, :, -IN_FRONT:]
+        assert before is not None, "begin comes first"
         joined = torch.cat([before, frames], dim=2)
         channels = self.projection.conv1.out_channels
         out = frames.new_empty((1, channels, IN_FRONT, *frames.shape[-2:]))
@@ -143,7 +145,7 @@ class ProjectionStream:
 
     def _second(self, middle: Tensor) -> Tensor:
         height, width = middle.shape[-2:]
-        out = middle.new_empty((height, width, self.projection.linear_layers[0].out_features))
+        out = middle.new_empty((height, width, self.projection.widths[-1]))
 
         def compute(start: int, stop: int) -> None:
             features = self.projection.second(middle, range(start, stop))

@@ -194,7 +194,7 @@ def _draw_legend(canvas: _Canvas, left: int, y: int, worst: WorstFrame) -> None:
 
 def _map(picture: Image.Image, report: Report, worst: WorstFrame) -> Image.Image:
     """The frame in dark grey, its windows tinted by their drift, steps at borders in red."""
-    grey = picture.convert("L").point(lambda level: 30 + level // 3).convert("RGB")
+    grey = picture.convert("L").point([30 + level // 3 for level in range(256)]).convert("RGB")
     plan = report.plan
     shown = picture.width / plan.width, picture.height / plan.height
     tinted = np.array(grey, dtype=np.float32)

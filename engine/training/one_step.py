@@ -102,5 +102,6 @@ def recomputed_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tenso
     for rows, columns in equal_counts(kept):
         size = max(1, GATHERED // (columns.shape[1] * TOKENS))
         for some, theirs in zip(rows.split(size), columns.split(size), strict=True):
-            out[some] = recompute(gathered_attention, q[some], k, v, theirs)
+            attended: Any = recompute(gathered_attention, q[some], k, v, theirs)
+            out[some] = attended
     return out
