@@ -123,7 +123,7 @@ def measure(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> Rate
         pointwise=moved / passes,
         convolution=convolution,
         transfer=block.numel() / transfer,
-        wide_attention=4 * side**2 * wide / wide_attention,
+        wide_attention=4 * side**2 * channels / wide_attention,
     )
 
 
