@@ -55,5 +55,8 @@ def equal_counts(kept: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _gathered(blocks: Tensor, columns: Tensor) -> Tensor:
-    """Blocks [m, 128, d] at columns [r, count] -> [r, count * 128, d]."""
-    return blocks[columns.flatten()].view(len(columns), -1, blocks.shape[-1])
+    """Blocks [m, 128, d] at columns [r, count] -> [r, count * 128, d].
+
+    A CPU adds up the gradients of `index_select` in one order, those of indexing in any.
+    """
+    return blocks.index_select(0, columns.flatten()).view(len(columns), -1, blocks.shape[-1])
