@@ -88,7 +88,7 @@ def main() -> int:
     if sys.argv[1:2] == ["--card"]:
         return card_tests(prepare((COMFYUI,), tests=True), sys.argv[2:])
     provide_system_packages()
-    setup = prepare((COMFYUI, COMFYUI_OLDEST), tests=True)
+    setup = prepare((COMFYUI, COMFYUI_OLDEST), tests=True, evaluation=True)
     python = setup.python
     checks = [
         run(python, "-m", "ruff", "check", "."),
