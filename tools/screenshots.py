@@ -32,7 +32,11 @@ from workflow import to_prompt
 
 IMAGES = ROOT / "web" / "docs" / "images"
 WORKFLOWS = ROOT / "workflows"
-SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.Minimap.Visible": False,
+    "LiteGraph.Canvas.MinFontSizeForLOD": 0,  # texts stay, however small the graph is shown
+}
 THUMBNAIL = {"width": 800, "height": 450}
 TRAINED_STEPS = 30
 SHOWN = (
@@ -62,7 +66,8 @@ ONE_NODE = """async (kind) => {
 # Before a picture, what overlays the graph goes: messages, and the menus of the front end.
 ONLY_GRAPH = """
     .p-toast, .p-dialog-mask, .comfyui-body-top, .comfyui-body-left, .comfyui-body-right,
-    .comfyui-body-bottom, .graph-canvas-panel, [class*="splitter-overlay"] {
+    .comfyui-body-bottom, .graph-canvas-panel, [class*="splitter-overlay"],
+    #graph-canvas-container > .pointer-events-none {
         display: none !important
     }
 """
@@ -73,14 +78,21 @@ FIT = """async (workflow) => {
     const left = Math.min(...groups.map((g) => g[0])), top = Math.min(...groups.map((g) => g[1]))
     const right = Math.max(...groups.map((g) => g[0] + g[2]))
     const bottom = Math.max(...groups.map((g) => g[1] + g[3]))
-    const bar = 70  // the front end's own menus, above and to the left
-    const width = app.canvas.canvas.clientWidth - bar
-    const height = app.canvas.canvas.clientHeight - bar
-    const scale = Math.min(width / (right - left + 20), height / (bottom - top + 20))
+    const edge = 20
+    const width = app.canvas.canvas.clientWidth - 2 * edge
+    const height = app.canvas.canvas.clientHeight - 2 * edge
+    const scale = Math.min(width / (right - left), height / (bottom - top))
     app.canvas.ds.scale = scale
-    app.canvas.ds.offset = [bar / scale - left, bar / scale - top]
+    app.canvas.ds.offset = [edge / scale - left, edge / scale - top]
+    app.canvas.show_info = false
     app.canvas.setDirty(true, true)
     await new Promise((done) => setTimeout(done, 700))
+    return {
+        x: 0,
+        y: 0,
+        width: scale * (right - left) + 2 * edge,
+        height: scale * (bottom - top) + 2 * edge,
+    }
 }"""
 
 
@@ -328,12 +340,12 @@ def graph_drawing(workflow: dict[str, Any]) -> str:
 
 
 def readme(only: str) -> None:
-    """The whole 4K graph, and the plan node close up."""
-    with opened(1900, 1000) as page:
+    """The whole 4K graph."""
+    with opened(2000, 1400) as page:
         page.add_style_tag(content=ONLY_GRAPH)
         workflow = json.loads((WORKFLOWS / "atlasvid_t2v_4k.json").read_text("utf-8"))
-        page.evaluate(FIT, workflow)
-        page.screenshot(path=IMAGES / "workflow_t2v_4k.jpg", type="jpeg", quality=80)
+        clip = page.evaluate(FIT, workflow)
+        page.screenshot(path=IMAGES / "workflow_t2v_4k.jpg", type="jpeg", quality=80, clip=clip)
 
 
 def art(only: str) -> None:
