@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..engine.vae.decode import TiledDecoder, decode_images
 from ..engine.vae.video import StreamedVideo
 from .limits import within_limits
-from .types import CATEGORY, memory_budget_input
+from .types import CATEGORY, bit_depth_input, memory_budget_input
 
 TILE_MEMORY = (
     "Working memory for one tile. auto takes tiles that lose under 10 % to their overlap and fit "
@@ -71,17 +71,7 @@ class AtlasVidDecodeToVideo(io.ComfyNode):
                 ),
                 memory_budget_input(TILE_MEMORY),
                 io.Audio.Input("audio", optional=True, tooltip="Sound to add to the video."),
-                io.Int.Input(
-                    "bit_depth",
-                    optional=True,
-                    default=8,
-                    min=8,
-                    max=10,
-                    step=2,
-                    advanced=True,
-                    tooltip="10 keeps smoother gradients, but fewer players show it. Needs a "
-                    "ComfyUI whose Create Video node offers it.",
-                ),
+                bit_depth_input(),
             ],
             outputs=[
                 io.Video.Output(

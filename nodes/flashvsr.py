@@ -9,7 +9,7 @@ from ..engine.flashvsr.selection import Sparsity
 from ..engine.flashvsr.tc_decoder import decode_to_video
 from ..engine.flashvsr.video import DECODERS, upscaled_video
 from .limits import within_limits
-from .types import CATEGORY, FlashVSRType, memory_budget_input
+from .types import CATEGORY, FlashVSRType, bit_depth_input, memory_budget_input
 
 VSR_MEMORY = (
     "Memory of the card beside the model's weights. Less means that keys and tokens wait in the "
@@ -194,17 +194,7 @@ class AtlasVidFlashVSR(io.ComfyNode):
                     tooltip="Frames per second of the result. 0 keeps the video's own, for images "
                     "16.",
                 ),
-                io.Int.Input(
-                    "bit_depth",
-                    optional=True,
-                    default=8,
-                    min=8,
-                    max=10,
-                    step=2,
-                    advanced=True,
-                    tooltip="10 keeps smoother gradients, but fewer players show it. Needs a "
-                    "ComfyUI whose Create Video node offers it.",
-                ),
+                bit_depth_input(),
             ],
             outputs=[
                 io.Video.Output(
@@ -317,17 +307,7 @@ class AtlasVidTCDecode(io.ComfyNode):
                 io.Audio.Input(
                     "audio", optional=True, tooltip="Sound in place of the video's own."
                 ),
-                io.Int.Input(
-                    "bit_depth",
-                    optional=True,
-                    default=8,
-                    min=8,
-                    max=10,
-                    step=2,
-                    advanced=True,
-                    tooltip="10 keeps smoother gradients, but fewer players show it. Needs a "
-                    "ComfyUI whose Create Video node offers it.",
-                ),
+                bit_depth_input(),
             ],
             outputs=[
                 io.Video.Output(

@@ -26,6 +26,21 @@ def memory_budget_input(tooltip: str) -> io.Combo.Input:
     )
 
 
+def bit_depth_input() -> io.Int.Input:
+    """Of the video that a node gives."""
+    return io.Int.Input(
+        "bit_depth",
+        optional=True,
+        default=8,
+        min=8,
+        max=10,
+        step=2,
+        advanced=True,
+        tooltip="10 keeps smoother gradients, but fewer players show it. Needs a ComfyUI whose "
+        "Create Video node offers it.",
+    )
+
+
 def window_input(tooltip: str) -> io.DynamicCombo.Input:
     """A choice of the presets of windows, or of sizes of one's own."""
     sides = (
