@@ -396,6 +396,7 @@ def as_training(graph: Graph) -> None:
         graph.connect(graph.node(name), 0, training, output)
     graph.connect(graph.node("AtlasVidPlan"), 0, training, "plan")
     around = {"id": 7, "title": "2 Training", "bounding": [840, 40, 500, 1374], "flags": {}}
+    graph.workflow["groups"][-1]["bounding"][3] = around["bounding"][3]
     graph.workflow["groups"].append(around | {"color": "#a1309b"})
 
 
