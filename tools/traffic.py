@@ -201,6 +201,7 @@ def count_block(
             ring = Ring(windows.ring, DeviceTokens(kept))
         ev = Evaluation(
             net=net,
+            base=net,
             family=wan,
             settings=settings,
             run=SamplingRun(seed=0),
