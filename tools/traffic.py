@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -62,10 +63,12 @@ class Traffic(TorchDispatchMode):
         given = _on_card((args, kwargs))
         result = func(*args, **kwargs)
         made, name = _on_card(result), func.overloadpacket.__name__
+        from_host = name == "copy_" and len(given) == 1 and args[1].device != CARD
+        if from_host:  # a weight that is brought
+            return result
         if (given or made) and not func.is_view and not name.startswith(NO_WORK):
             self.launched[name] += 1
-            from_host = name == "copy_" and len(given) == 1 and args[1].device != CARD
-            if not from_host and not any(w in name for w in ATTENTION) and name not in PRODUCTS:
+            if not any(w in name for w in ATTENTION) and name not in PRODUCTS:
                 self.moved[kind_of(name)] += _bytes_moved(name, func, args, given, made)
         return result
 
@@ -229,7 +232,8 @@ def count_block(
             chunks.clear()
             held = models.held_weights
             with Traffic() as traffic, offloaded(net) as touched, held(task.block, ev.x):
-                attention.evaluate(task, 0)
+                text = wan.text_of_block(task.block, task.text)
+                attention.evaluate(replace(task, text=text), 0)
     vector = 2 * dim * tokens
     kinds = {kind: count / vector for kind, count in traffic.moved.most_common()}
     return {

@@ -235,7 +235,7 @@ class DetailForward:
                 block,
                 store,
                 self.family.modulation(block, e0[item]),
-                ev.text.of(item),
+                self.family.text_of_block(block, ev.text.of(item)),
                 None if keys is None else (keys[0][item], keys[1][item]),
                 ring,
             )
@@ -259,7 +259,7 @@ class DetailForward:
                     task,
                     tokens=DeviceTokens(item),
                     modulation=self.family.modulation(block, args["vec"][n]),
-                    text=text.of(n),
+                    text=self.family.text_of_block(block, text.of(n)),
                 )
                 for n, (task, item) in enumerate(zip(tasks, out, strict=True))
             ]

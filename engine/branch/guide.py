@@ -213,7 +213,7 @@ class GuideStream:
                 rotated = family.rotate(keys, ev.heads, given.freqs)
                 for item in range(len(tokens)):
                     one = slice(item, item + 1)
-                    x, text = tokens[one], ev.text.of(item)
+                    x, text = tokens[one], family.text_of_block(block, ev.text.of(item))
                     self._attend(block, x, rows[item], (rotated[one], values[one]), given.freqs)
                     per_token(ev, block, x, rows[item], text)
                 del rotated

@@ -352,6 +352,17 @@ def is_plain_linear(layer: Any) -> bool:
     )
 
 
+def is_plain_cross_attention(layer: Any) -> bool:
+    """Whether a cross-attention of Wan computes what ComfyUI's own does, and nobody listens."""
+    stock = comfy.ldm.wan.model
+    return (
+        type(layer) in (stock.WanT2VCrossAttention, stock.WanI2VCrossAttention)
+        and "forward" not in vars(layer)
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+    )
+
+
 def linear_input_gradient(linear: Any, gradient: Tensor) -> Tensor:
     """The gradient of a linear layer's input from that of its output [..., out] -> [..., in].
 

@@ -7,7 +7,7 @@ weights): offloaded, quantised and LoRA-patched layers work as in the stock forw
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -107,6 +107,9 @@ class Text:
     tokens: Tensor
     """[B, L, C]"""
     image_tokens: int | None
+    keys: tuple[tuple[Tensor, Tensor], ...] = ()
+    """Of one block: keys and values [B, L, C] of the text, then of the image; empty where the
+    block makes them itself."""
 
     def of(self, item: int) -> Text:
         """The text of one batch item."""
@@ -166,7 +169,8 @@ class Modulation:
     """Shift, scale and gate of one block for one batch item, per frame where timesteps differ."""
 
     rows: tuple[Tensor, ...]
-    """Six tensors [1 or frames, C]: shift, scale, gate of attention, then of the feed-forward."""
+    """Six tensors [1 or frames, C]: shift, factor, gate of attention, then of the feed-forward. A
+    factor is 1 + the checkpoint's scale."""
     frames: Tensor | None = None
     """The frame [n] of each token that this is for, where frames differ."""
 
@@ -194,7 +198,9 @@ class Modulation:
 
 def modulation(block: Any, e0: Tensor) -> Modulation:
     """e0 [1 or frames, 6, C], the projected time embedding of one batch item."""
-    return Modulation((models.cast(block.modulation, e0) + e0).unbind(1))
+    rows = list((models.cast(block.modulation, e0) + e0).unbind(1))
+    rows[1], rows[4] = 1 + rows[1], 1 + rows[4]
+    return Modulation(tuple(rows))
 
 
 def queries(block: Any, y: Tensor) -> Tensor:
@@ -217,14 +223,14 @@ def rotate(x: Tensor, heads: int, freqs: Tensor) -> Tensor:
     return models.apply_rope(x.unflatten(-1, (heads, -1)), freqs).flatten(-2)
 
 
-def modulated_norm(norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """norm(x) * (1 + scale) + shift for a layer norm without weights of its own.
+def modulated_norm(norm: Any, x: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
+    """norm(x) * factor + shift for a layer norm without weights of its own.
 
     One row for all tokens goes into the norm as its weight and bias: a single pass over x.
     """
     if len(shift) == 1 and not norm.elementwise_affine:
-        return F.layer_norm(x, x.shape[-1:], 1 + scale[0], shift[0], norm.eps)
-    return torch.addcmul(shift, norm(x), 1 + scale)
+        return F.layer_norm(x, x.shape[-1:], factor[0], shift[0], norm.eps)
+    return torch.addcmul(shift, norm(x), factor)
 
 
 def attention_input(block: Any, x: Tensor, rows: Modulation) -> Tensor:
@@ -237,11 +243,29 @@ def attention_output(block: Any, x: Tensor, attended: Tensor, rows: Modulation) 
     return torch.addcmul(x, block.self_attn.o(attended), rows[2])
 
 
+def text_of_block(block: Any, text: Text) -> Text:
+    """The text with a block's keys and values of it, which are the same for all tokens."""
+    layer = block.cross_attn
+    if not models.is_plain_cross_attention(layer):
+        return text
+    if not hasattr(layer, "k_img"):
+        return replace(text, keys=((layer.norm_k(layer.k(text.tokens)), layer.v(text.tokens)),))
+    image, words = text.tokens[:, : text.image_tokens], text.tokens[:, text.image_tokens :]
+    of_words = layer.norm_k(layer.k(words)), layer.v(words)
+    of_image = layer.norm_k_img(layer.k_img(image)), layer.v_img(image)
+    return replace(text, keys=(of_words, of_image))
+
+
 def cross_attention(block: Any, x: Tensor, text: Text, options: dict) -> Tensor:
     """What cross-attention adds to tokens x [1, n, C]."""
-    return block.cross_attn(
-        block.norm3(x), text.tokens, context_img_len=text.image_tokens, transformer_options=options
-    )
+    layer, y = block.cross_attn, block.norm3(x)
+    if not text.keys:
+        return layer(
+            y, text.tokens, context_img_len=text.image_tokens, transformer_options=options
+        )
+    q = layer.norm_q(layer.q(y))
+    attended = [models.attention(q, k, v, layer.num_heads, options) for k, v in text.keys]
+    return layer.o(attended[0] if len(attended) == 1 else attended[0] + attended[1])
 
 
 def feed_forward(block: Any, x: Tensor, rows: Modulation) -> Tensor:
