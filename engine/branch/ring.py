@@ -23,8 +23,6 @@ class Ring:
     def __init__(self, grid: Grid, tokens: Tokens):
         self.grid = grid
         self.tokens = tokens
-        self.filled = 0
-        """Slices of the grid made so far, of the block being evaluated."""
 
     @property
     def index_device(self) -> torch.device:

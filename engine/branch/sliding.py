@@ -45,6 +45,18 @@ class Slots:
 
 
 @dataclass(frozen=True)
+class Slices:
+    """Tokens that come into the ring together, in raster order."""
+
+    stored: Tensor
+    """Raster index [n], where the tokens live."""
+    coordinates: Tensor
+    """[3, n], on the device that computes."""
+    slots: Tensor
+    """In the ring [n], where it lives."""
+
+
+@dataclass(frozen=True)
 class Place:
     """All query tiles at one place along the streamed axis, those of one size side by side."""
 
@@ -60,8 +72,8 @@ class Place:
     """Tokens up to the end of every tile, counting what its keys take besides."""
     keys: Slots
     guide: Slots | None
-    last_slice: int
-    """Slices of the streamed axis that must be in the ring: up to, not including, this one."""
+    fresh: Slices | None
+    """What must come into the ring before these tiles; None where all is there."""
 
     def span(self, start: int, stop: int) -> slice:
         """The tokens of tiles start to stop."""
@@ -126,7 +138,6 @@ class SlidingAttention:
         del index  # the tiles are the same in every block
         ring, ev = task.ring, task.ev
         assert ring is not None
-        ring.filled = 0
         prepared = self._prepare(ev, task.tokens.index_device, ring)
         if task.guide is not None:
             assert prepared.guide_freqs is not None
@@ -135,7 +146,8 @@ class SlidingAttention:
             rotated = ev.family.rotate(keys[None], ev.heads, prepared.guide_freqs)[0]
             ring.write(prepared.guide_slots, rotated, values)
         for place in prepared.places:
-            self._fill(task, ring, place.last_slice, prepared)
+            if place.fresh is not None:
+                self._fill(task, ring, place.fresh, prepared)
             in_chunks(place.costs, ev.chunk, partial(self._evaluate, task, prepared, place))
 
     def _prepare(self, ev: Evaluation, stored: torch.device, ring: Ring) -> Prepared:
@@ -161,12 +173,12 @@ class SlidingAttention:
                 guide_slots = torch.arange(self.alignment.guide.count, device=ring.index_device)
                 guide_slots += ring.guide_start
             copied = COPIES_OF_KEPT_KEYS if ev.settings.keep_blocks else 1
-            places = self._places(device, stored, ring.index_device, copied)
+            places = self._places(device, stored, ring, copied)
             self._prepared[key] = Prepared(places, tables, guide_freqs, guide_slots)
         return self._prepared[key]
 
     def _places(
-        self, device: torch.device, stored: torch.device, ring: torch.device, copied: int
+        self, device: torch.device, stored: torch.device, ring: Ring, copied: int
     ) -> list[Place]:
         """
         Args:
@@ -177,7 +189,7 @@ class SlidingAttention:
             by_place[tile.start[self.axis]][tile.size].append(tile)
         keys = self.windows.window.count
         keys += self.alignment.count.count if self.alignment is not None else 0
-        grid, places = self.windows.grid, []
+        grid, places, filled = self.windows.grid, [], 0
         for _, by_size in sorted(by_place.items()):
             tiles = [tile for group in by_size.values() for tile in group]
             index = [
@@ -185,8 +197,11 @@ class SlidingAttention:
                 for size, group in by_size.items()
             ]
             counts = [tile.size.count for tile in tiles]
-            own, guide = self._slots(tiles, ring)
+            own, guide = self._slots(tiles, ring.index_device)
             window = self.windows.keys(tiles[0])
+            last = window.start[self.axis] + window.size[self.axis]
+            fresh = self._slices(filled, last, device, stored, ring) if last > filled else None
+            filled = max(filled, last)
             places.append(
                 Place(
                     [(size, len(group)) for size, group in by_size.items()],
@@ -196,10 +211,24 @@ class SlidingAttention:
                     list(accumulate(n + 2 * copied * keys // ATTENTION for n in counts)),
                     own,
                     guide,
-                    window.start[self.axis] + window.size[self.axis],
+                    fresh,
                 )
             )
         return places
+
+    def _slices(
+        self, first: int, last: int, device: torch.device, stored: torch.device, ring: Ring
+    ) -> Slices:
+        """Slices first to last of the streamed axis."""
+        start, size, grid = [0, 0, 0], list(self.windows.grid), self.windows.grid
+        start[self.axis], size[self.axis] = first, last - first
+        index, in_store = (
+            flat_index(grid, torch.tensor([start], device=where), Grid(*size))[0]
+            for where in (device, stored)
+        )
+        starts = torch.tensor([start], device=ring.index_device)
+        slots = flat_index(ring.grid, starts, Grid(*size), wrap=ring.grid)[0]
+        return Slices(in_store, coordinates_of(index, grid), slots)
 
     def _slots(self, tiles: list[Box], device: torch.device) -> tuple[Slots, Slots | None]:
         """Where tiles of one place find their windows' keys in the ring, and the guide's."""
@@ -219,38 +248,20 @@ class SlidingAttention:
         first = flat_index(alignment.guide, starts, Grid(1, 1, 1)) + kept.count
         return own, Slots(first, flat_index(alignment.guide, 0 * starts[:1], alignment.count)[0])
 
-    def _fill(self, task: BlockTask, ring: Ring, last: int, prepared: Prepared) -> None:
-        """Make keys and values of the slices up to `last` from tokens not yet written."""
-        if last <= ring.filled:
-            return
-        size = list(self.windows.grid)
-        size[self.axis] = last - ring.filled
-        index, stored = (
-            flat_index(self.windows.grid, self._start_on(place, ring.filled), Grid(*size))[0]
-            for place in (task.ev.device, task.tokens.index_device)
-        )
-        starts = self._start_on(ring.index_device, ring.filled)
-        slots = flat_index(ring.grid, starts, Grid(*size), wrap=ring.grid)[0]
-
+    def _fill(self, task: BlockTask, ring: Ring, fresh: Slices, prepared: Prepared) -> None:
+        """Make keys and values of slices from tokens not yet written."""
         ev, family = task.ev, task.ev.family
 
         def compute(begin: int, end: int) -> None:
-            x, rows = task.read(stored[begin:end])
+            x, rows = task.read(fresh.stored[begin:end])
             y = family.attention_input(task.block, x, rows)
-            freqs = prepared.rotations(coordinates_of(index[begin:end], self.windows.grid))
+            freqs = prepared.rotations(fresh.coordinates[:, begin:end])
             keys = family.rotate(ev.parts.keys(task.block, y), ev.heads, freqs)
             values = family.values(task.block, y)
-            ring.write(slots[begin:end], keys[0], values[0])
+            ring.write(fresh.slots[begin:end], keys[0], values[0])
 
-        in_chunks(range(1, len(index) + 1), ev.chunk, compute)
+        in_chunks(range(1, len(fresh.stored) + 1), ev.chunk, compute)
         ring.settle()
-        ring.filled = last
-
-    def _start_on(self, device: torch.device, first: int) -> Tensor:
-        """Where slice `first` starts [1, 3], made on the device: a copy would wait for its work."""
-        starts = torch.zeros((1, 3), dtype=torch.long, device=device)
-        starts[:, self.axis] = first
-        return starts
 
     def _evaluate(
         self, task: BlockTask, prepared: Prepared, place: Place, start: int, stop: int

@@ -260,9 +260,7 @@ def cross_attention(block: Any, x: Tensor, text: Text, options: dict) -> Tensor:
     """What cross-attention adds to tokens x [1, n, C]."""
     layer, y = block.cross_attn, block.norm3(x)
     if not text.keys:
-        return layer(
-            y, text.tokens, context_img_len=text.image_tokens, transformer_options=options
-        )
+        return layer(y, text.tokens, context_img_len=text.image_tokens, transformer_options=options)
     q = layer.norm_q(layer.q(y))
     attended = [models.attention(q, k, v, layer.num_heads, options) for k, v in text.keys]
     return layer.o(attended[0] if len(attended) == 1 else attended[0] + attended[1])
