@@ -76,9 +76,16 @@ COUNTED = (
     {"what": "compact, shifted", "overlap": "shifted", "window": (4, 16, 16)},
     {"what": "the same, weighted", "overlap": "shifted", "window": (4, 16, 16), "weight": 8.0},
     {
-        "what": "compact, shifted, rotations in steps",
+        "what": "compact, shifted, without our kernel",
         "overlap": "shifted",
         "window": (4, 16, 16),
+        "kernels": False,
+    },
+    {
+        "what": "the same, rotations in steps",
+        "overlap": "shifted",
+        "window": (4, 16, 16),
+        "kernels": False,
         "fused_rope": False,
     },
     {"what": "compact, sliding", "overlap": "sliding", "window": (4, 16, 16)},

@@ -27,7 +27,7 @@ from environment import (
 )
 
 CARD_TESTS = [
-    "tests/engine/families/test_models.py",
+    *(f"tests/engine/families/test_{name}.py" for name in ("models", "fused", "kernels")),
     *(
         f"tests/engine/branch/test_{name}.py"
         for name in ("half", "detail", "weighted", "run", "compiled")

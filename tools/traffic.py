@@ -97,11 +97,12 @@ def _size(tensor: torch.Tensor) -> int:
 
 
 @contextmanager
-def simulated_card(fused_rope: bool) -> Iterator[None]:
+def simulated_card(fused_rope: bool, kernels: bool) -> Iterator[None]:
     """Simulated CUDA tensors, with what asks a driver or has no simulation replaced.
 
     Args:
         fused_rope: rotations in one pass, as comfy-kitchen has them for CUDA 13; else in steps.
+        kernels: norms and rotations by our own kernel.
     """
     import comfy.ldm.flux.math
     from atlasvid.engine.branch import weighted
@@ -122,6 +123,7 @@ def simulated_card(fused_rope: bool) -> Iterator[None]:
             (management, "raise_if_cancelled", lambda: None),
             (models, "apply_rope", rope if fused_rope else comfy.ldm.flux.math._apply_rope1),
             (fused, "agree", lambda *_: True),
+            (fused, "_kernels", lambda: fused if kernels else None),
             (fused, "_agreed", {}),
             (weighted, "_attention_with_sums", lambda *_: lambda q, k, v: flash(q, k, v)[:2]),
         ):
@@ -156,6 +158,7 @@ def count_block(
     chunk: int = 65_536,
     weight: float = 1.0,
     fused_rope: bool = True,
+    kernels: bool = True,
 ) -> dict[str, Any]:
     """One block on all tokens of a grid; each parameter is one thing that it depends on.
 
@@ -185,7 +188,7 @@ def count_block(
     plan = plan_of(grid, LatentSpace(channels=16, spatial=8, temporal=4, patch=(1, 2, 2)))
     layout = Layout(plan, Grid(*window), overlap)
     size = ChunkSize(chunk)
-    with simulated_card(fused_rope):
+    with simulated_card(fused_rope, kernels):
 
         def vectors(*shape: int) -> torch.Tensor:
             return torch.empty((*shape, dim), dtype=torch.bfloat16, device=CARD)

@@ -43,11 +43,20 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a block that can be exchanged for compiled ones."""
+    """The parts of a block that can be exchanged for compiled ones.
+
+    Queries and keys are normalised, not rotated. Where they need not be seen so, `turned_queries`
+    and `turned_keys` make what attention reads of what `projected_queries` and `projected_keys`
+    give: uncompiled, norm and rotation are one kernel; compiled, product and norm are.
+    """
 
     queries: Callable[..., Tensor]
     keys: Callable[..., Tensor]
     feed_forward: Callable[..., Tensor]
+    projected_queries: Callable[..., Tensor]
+    projected_keys: Callable[..., Tensor]
+    turned_queries: Callable[..., Tensor]
+    turned_keys: Callable[..., Tensor]
 
 
 def parts_of(family: Family, choices: dict[str, Any] | None) -> Parts:
@@ -57,7 +66,13 @@ def parts_of(family: Family, choices: dict[str, Any] | None) -> Parts:
     """
     parts = family.queries, family.keys, family.feed_forward
     if choices is None or choices["backend"] == "cudagraphs":
-        return Parts(*parts)
+        projected = family.projected_queries, family.projected_keys
+        return Parts(*parts, *projected, family.turned_queries, family.turned_keys)
     if choices.get("dynamic") is None:  # chunks differ in length
         choices = {**choices, "dynamic": True}
-    return Parts(*(Compiled(part, choices) for part in parts))
+    queries, keys, forward = (Compiled(part, choices) for part in parts)
+
+    def turned(_: Any, x: Tensor, heads: int, freqs: Tensor, out: Tensor | None = None) -> Tensor:
+        return family.rotate(x, heads, freqs, out)
+
+    return Parts(queries, keys, forward, queries, keys, turned, turned)

@@ -124,30 +124,39 @@ class ShiftedAttention:
     ) -> Tensor:
         """Attention's output [1, n, C] for the inputs y [1, n, C] of windows start to stop."""
         ev, block = task.ev, task.block
-        q, k, v = ev.parts.queries(block, y), ev.parts.keys(block, y), ev.family.values(block, y)
+        parts = ev.parts
+        q, k = parts.projected_queries(block, y), parts.projected_keys(block, y)
+        v = ev.family.values(block, y)
         del y
         attended, first = [], 0
         for group, windows in order.parts(start, stop):
             shape = (windows.stop - windows.start, group.size.count)
             last = first + shape[0] * shape[1]
             part_q, part_k, part_v = (each[0, first:last].unflatten(0, shape) for each in (q, k, v))
-            part_q = ev.family.rotate(part_q, ev.heads, group.freqs)
-            part_k = ev.family.rotate(part_k, ev.heads, group.freqs)
-            guide = _aligned_guide(task, group, windows) if task.guide else None
-            keys = WindowKeys((part_k, part_v), guide)
+            keys = _window_keys(task, group, windows, (part_k, part_v))
+            part_q = parts.turned_queries(block, part_q, ev.heads, group.freqs)
             attended.append(task.attend(part_q, keys, group.size))
             first = last
         return attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)
 
 
-def _aligned_guide(task: BlockTask, group: WindowGroup, windows: slice) -> Pair:
-    """Keys and values [windows, L, C] of the aligned guide tokens, keys rotated by P."""
-    assert task.guide is not None
+def _window_keys(task: BlockTask, group: WindowGroup, windows: slice, own: Pair) -> WindowKeys:
+    """What some windows of a group read.
+
+    Args:
+        own: projected keys, and values [windows, L, C].
+    """
+    ev, (k, v) = task.ev, own
+    turned = partial(ev.parts.turned_keys, task.block, k, ev.heads, group.freqs)
+    if task.guide is None:
+        return WindowKeys((turned(), v), None)
     assert group.guide is not None
-    keys, values = task.guide
     index = group.guide[windows]
+    guide_k, guide_v = (each[index] for each in task.guide)
     freqs = join_axes([table[windows] for table in group.guide_axes])
-    # One row of batch 1: rotation kernels take one set of rotations for all of a batch.
-    row, turns = keys[index].flatten(0, 1)[None], freqs.flatten(0, 1)[None]
-    rotated = task.ev.family.rotate(row, task.ev.heads, turns)
-    return rotated[0].unflatten(0, index.shape), values[index]
+    if ev.settings.guide_weight != 1:  # two attentions, which read apart
+        return WindowKeys((turned(), v), (ev.family.rotate(guide_k, ev.heads, freqs), guide_v))
+    keys = k.new_empty(len(k), k.shape[1] + index.shape[1], k.shape[2])
+    turned(out=keys[:, : k.shape[1]])
+    ev.family.rotate(guide_k, ev.heads, freqs, out=keys[:, k.shape[1] :])
+    return WindowKeys.split((keys, torch.cat([v, guide_v], dim=1)), k.shape[1])

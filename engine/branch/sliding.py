@@ -256,7 +256,8 @@ class SlidingAttention:
             x, rows = task.read(fresh.stored[begin:end])
             y = family.attention_input(task.block, x, rows)
             freqs = prepared.rotations(fresh.coordinates[:, begin:end])
-            keys = family.rotate(ev.parts.keys(task.block, y), ev.heads, freqs)
+            keys = ev.parts.projected_keys(task.block, y)
+            keys = ev.parts.turned_keys(task.block, keys, ev.heads, freqs)
             values = family.values(task.block, y)
             ring.write(fresh.slots[begin:end], keys[0], values[0])
 
@@ -282,7 +283,8 @@ class SlidingAttention:
         ev, ring = task.ev, task.ring
         assert ring is not None
         turns = prepared.rotations(place.coordinates[:, place.span(*tiles)])
-        q = ev.family.rotate(ev.parts.queries(task.block, y), ev.heads, turns)[0]
+        q = ev.parts.projected_queries(task.block, y)
+        q = ev.parts.turned_queries(task.block, q, ev.heads, turns)[0]
         del turns
         k, v = ring.read(place.slots(*tiles))
         attended, first, n, window = [], 0, 0, self.windows.window

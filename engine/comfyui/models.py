@@ -352,6 +352,18 @@ def is_plain_linear(layer: Any) -> bool:
     )
 
 
+def is_plain_norm(layer: Any) -> bool:
+    """Whether a layer is ComfyUI's own RMSNorm with a weight."""
+    cast = getattr(type(layer), "forward_comfy_cast_weights", None)
+    return (
+        cast is comfy.ops.disable_weight_init.RMSNorm.forward_comfy_cast_weights
+        and layer.weight is not None
+        and layer.eps is not None
+        and not _is_quantised(layer)
+        and not layer._forward_hooks
+    )
+
+
 def is_plain_cross_attention(layer: Any) -> bool:
     """Whether a cross-attention of Wan computes what ComfyUI's own does, and nobody listens."""
     stock = comfy.ldm.wan.model

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..comfyui import models
 from ..geometry.shape import BaseShape
 from ..geometry.space import LatentSpace
-from .fused import linear_gelu
+from .fused import linear_gelu, norm_rotate
 from .rotations import RopeAxes
 
 NAMES: str = "Wan 2.1 T2V, Wan 2.1 I2V, Wan 2.2 A14B (high and low noise), Wan 2.2 TI2V-5B"
@@ -218,9 +218,35 @@ def values(block: Any, y: Tensor) -> Tensor:
     return block.self_attn.v(y)
 
 
-def rotate(x: Tensor, heads: int, freqs: Tensor) -> Tensor:
-    """RoPE on [B, L, C] with rotations [1 or B, L, 1, d/2, 2, 2]."""
-    return models.apply_rope(x.unflatten(-1, (heads, -1)), freqs).flatten(-2)
+def rotate(x: Tensor, heads: int, freqs: Tensor, out: Tensor | None = None) -> Tensor:
+    """RoPE on [B, L, C] with rotations [1 or B, L, 1, d/2, 2, 2].
+
+    Args:
+        out: where to write the result.
+    """
+    return norm_rotate(None, x, heads, freqs, out)
+
+
+def projected_queries(block: Any, y: Tensor) -> Tensor:
+    """What `turned_queries` takes [B, L, C], of an attention's input."""
+    return block.self_attn.q(y)
+
+
+def projected_keys(block: Any, y: Tensor) -> Tensor:
+    """What `turned_keys` takes [B, L, C], of an attention's input."""
+    return block.self_attn.k(y)
+
+
+def turned_queries(block: Any, x: Tensor, heads: int, freqs: Tensor) -> Tensor:
+    """Normalised, rotated queries [B, L, C]."""
+    return norm_rotate(block.self_attn.norm_q, x, heads, freqs)
+
+
+def turned_keys(
+    block: Any, x: Tensor, heads: int, freqs: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """Normalised, rotated keys [B, L, C], written into `out` where it is given."""
+    return norm_rotate(block.self_attn.norm_k, x, heads, freqs, out)
 
 
 def modulated_norm(norm: Any, x: Tensor, shift: Tensor, factor: Tensor) -> Tensor:

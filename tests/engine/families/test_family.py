@@ -23,13 +23,19 @@ def toy(monkeypatch):
         "feed_forward": lambda block, x, rows: torch.zeros_like(x),
         "keys": lambda block, y: 2 * wan.keys(block, y),
         "values": lambda block, y: 2 * wan.values(block, y),
-        "rotate": lambda x, *turns: 2 * wan.rotate(x, *turns),
+        "rotate": lambda *given, out=None: into(out, 2 * wan.rotate(*given)),
+        "turned_queries": lambda *given: 2 * wan.turned_queries(*given),
+        "turned_keys": lambda *given, out=None: into(out, 4 * wan.turned_keys(*given)),
         "embed": lambda net, latent: 2 * wan.embed(net, latent),
         "head": lambda net, *tokens: 2 * wan.head(net, *tokens),
     }
     made = SimpleNamespace(**members)
     monkeypatch.setattr(family, "FAMILIES", [made, *family.FAMILIES])
     return made
+
+
+def into(out, made):
+    return made if out is None else out.copy_(made)
 
 
 def as_stock():
