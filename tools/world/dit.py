@@ -173,4 +173,3 @@ def sample(
         given, plain = model(torch.cat([x, x]), time_step, torch.cat([words, none])).chunk(2)
         x = x + (following - sigma) * (plain + cfg * (given - plain))
     return x
-

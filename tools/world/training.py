@@ -1,4 +1,4 @@
-"""What the world's trainings have in common: optimizers, averaged weights, checkpoints, the loop."""
+"""What the world's trainings share: optimizers, averaged weights, checkpoints, the loop."""
 
 from __future__ import annotations
 
