@@ -74,9 +74,11 @@ def train_decoder(work: Work, recipes: tuple[tc.DecoderRecipe, ...] | None = Non
         work.asked(recipe) for recipe in recipes or (tc.DecoderRecipe(), tc.ON_STUDENT)
     )
     shards = [read_shard(path) for path in shard_paths(work.folder / PAIRS)]
+    student = averaged(work.folder / STUDENT)
     own = [shard.latents for shard in shards]
     begun = train_part(work, first, DECODER, shards, own, None)
-    train_part(work, second, FINISHED, shards, latents_by_student(work, shards), begun)
+    its = latents_by_student(work, student, shards)
+    train_part(work, second, FINISHED, shards, its, begun)
 
 
 def train_part(
@@ -116,9 +118,8 @@ def train_part(
     return training.average.state_dict()
 
 
-def latents_by_student(work: Work, shards: list[Shard]) -> list[Tensor]:
+def latents_by_student(work: Work, weights: dict[str, Tensor], shards: list[Shard]) -> list[Tensor]:
     """The student's latents of every file's clips, kept in files until the student is another."""
-    weights = averaged(work.folder / STUDENT)
     name = fingerprint(weights)
     student = Student.new(0)
     student.load_state_dict(weights)
