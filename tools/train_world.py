@@ -60,7 +60,7 @@ def arguments() -> argparse.ArgumentParser:
         default=1.0,
         metavar="SHARE",
         help="of the drawn clips, pictures, pairs and videos (1; with --steps 2, 0.02 tries all "
-        "stages in a quarter of an hour)",
+        "stages in five minutes)",
     )
     parser.add_argument(
         "--start",

@@ -132,7 +132,7 @@ def train_model(work: Work) -> None:
         samples = dit.sample(training.average, batches.text, SAMPLED, work.device)
         save_sheet(work.folder / f"model_{step:05d}.png", work.code.decode(samples.cpu()))
 
-    with Shown(training, "model", 250, picture) as shown:
+    with Shown(training, checkpoint, picture) as shown:
         train(training, batches, checkpoint, shown)
 
 

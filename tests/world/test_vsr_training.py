@@ -184,7 +184,12 @@ def test_files_are_a_flashvsr_that_the_pack_loads_and_uses(finished: Work):
     assert made.shape == wanted.shape
     assert (made - wanted).square().mean() < wanted.var()
     pictures = {path.name for path in finished.folder.glob("*.png")}
-    assert {"student_00000.png", "student_00002.png", "tc_decoder.png"} <= pictures
+    assert {
+        "student_00000.png",
+        "student_00002.png",
+        "student_loss.png",
+        "tc_decoder.png",
+    } <= pictures
 
 
 def test_files_hold_the_student_in_fewer_bits(finished: Work):

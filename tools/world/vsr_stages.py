@@ -26,7 +26,6 @@ EXAMPLE_SHARDS, EXAMPLE_EVERY = 8, 3
 """The student's start is found from every third clip of the first files that are trained on."""
 PICTURED = 3
 """Clips of a sheet, of the file that is held out."""
-PICTURE_EVERY = 250
 
 
 def render_pairs(work: Work, sizes: PairSizes | None = None) -> None:
@@ -58,7 +57,7 @@ def train_student(work: Work, recipe: StudentRecipe | None = None) -> None:
 
     if not training.step:
         picture(0)
-    with Shown(training, "student", PICTURE_EVERY, picture) as shown:
+    with Shown(training, checkpoint, picture) as shown:
         train(training, lambda *at: recipe.batch_of(shards, *at), checkpoint, shown)
 
 
@@ -113,7 +112,7 @@ def train_part(
         columns = (enlarged(small)[:, :, : large.shape[2]], given, large)
         save_sheet(checkpoint.with_suffix(".png"), torch.cat(columns, dim=-1), 2)
 
-    with Shown(training, checkpoint.stem.replace("_", " "), PICTURE_EVERY, picture) as shown:
+    with Shown(training, checkpoint, picture) as shown:
         train(training, lambda _, at: squares.draw(recipe.batch, at), checkpoint, shown)
     return training.average.state_dict()
 

@@ -50,16 +50,21 @@ class Work:
 
 
 class Shown:
-    """A progress bar over a training's steps, with its recent loss; sample pictures now and then.
+    """A progress bar over a training's steps, with its recent loss; pictures now and then.
 
     Args:
-        picture: makes one; called every `every` steps and after the last.
+        checkpoint: of the training, beside which its loss curve goes.
+        picture: makes samples; called every 250 steps and after the last, with their number.
     """
 
+    EVERY = 250
+
     def __init__(
-        self, training: Training, name: str, every: int, picture: Callable[[int], None]
+        self, training: Training, checkpoint: Path, picture: Callable[[int], None]
     ) -> None:
-        self.training, self.every, self.picture = training, every, picture
+        self.training, self.picture = training, picture
+        self.curve = checkpoint.with_name(f"{checkpoint.stem}_loss.png")
+        name = checkpoint.stem.replace("_", " ")
         self.bar: Any = tqdm(total=training.recipe.steps, initial=training.step, desc=name)
 
     def __enter__(self) -> Shown:
@@ -73,5 +78,11 @@ class Shown:
         recent = self.training.losses[-SHOWN:]
         self.bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}")
         self.bar.update()
-        if (step + 1) % self.every == 0 or step + 1 == self.training.recipe.steps:
-            self.picture(step + 1)
+        if (step + 1) % self.EVERY == 0 or step + 1 == self.training.recipe.steps:
+            self._draw(step + 1)
+
+    def _draw(self, steps: int) -> None:
+        from atlasvid.engine.training.curve import save_losses  # once the pack is loaded
+
+        save_losses(self.training.losses, self.curve)
+        self.picture(steps)
