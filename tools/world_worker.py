@@ -337,7 +337,7 @@ def tune_vae(work: Work) -> None:
         video = next(batches)
         latents = code.encode(video)
         tuning.update(video.to(work.device), latents.to(work.device), generator)
-    torch.save({"vae": vae.state_dict()}, target)
+    save_whole({"vae": vae.state_dict()}, target)
 
 
 def vsr(name: str) -> Callable[[Work], None]:

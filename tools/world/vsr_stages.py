@@ -50,15 +50,20 @@ def train_student(work: Work, recipe: StudentRecipe | None = None) -> None:
         training.start_from(vsr_files.load(work.start)[0])
 
     def picture(step: int) -> None:
-        small, large = held.small[:PICTURED], as_pixels(held.large[:PICTURED])
-        given = work.code.decode(student_latents(training.average, small))
-        columns = (enlarged(small)[:, :, : large.shape[2]], given, large)
-        save_sheet(work.folder / f"student_{step:05d}.png", torch.cat(columns, dim=-1), 2)
+        given = work.code.decode(student_latents(training.average, held.small[:PICTURED]))
+        save_pictures(work.folder / f"student_{step:05d}.png", held, given)
 
     if not training.step:
         picture(0)
     with Shown(training, checkpoint, picture) as shown:
         train(training, lambda *at: recipe.batch_of(shards, *at), checkpoint, shown)
+
+
+def save_pictures(path: Path, held: Shard, given: Tensor) -> None:
+    """Clips as they are shown, as they are `given` [N, 3, F, H, W], and as they are drawn."""
+    shown, drawn = enlarged(held.small[: len(given)]), as_pixels(held.large[: len(given)])
+    columns = (shown[:, :, : drawn.shape[2]], given, drawn)
+    save_sheet(path, torch.cat(columns, dim=-1), shown=2)
 
 
 def examples(shards: list[Shard]) -> Iterator[Example]:
@@ -107,10 +112,9 @@ def train_part(
     squares = tc.Squares(shards[1:], latents[1:])
 
     def picture(_: int) -> None:
-        small, large = shards[0].small[:PICTURED], as_pixels(shards[0].large[:PICTURED])
+        small = shards[0].small[:PICTURED]
         given = tc.decoded(training.average, latents[0][:PICTURED], small)
-        columns = (enlarged(small)[:, :, : large.shape[2]], given, large)
-        save_sheet(checkpoint.with_suffix(".png"), torch.cat(columns, dim=-1), 2)
+        save_pictures(checkpoint.with_suffix(".png"), shards[0], given)
 
     with Shown(training, checkpoint, picture) as shown:
         train(training, lambda _, at: squares.draw(recipe.batch, at), checkpoint, shown)
