@@ -23,7 +23,8 @@ PATCH = 64
 """Numbers of a token's part of the latent: 16 channels of 2 x 2."""
 CONSTANT, SPREAD = 6.0, 0.25
 """A channel that is always 6 keeps the norm from making weak and strong inputs alike; the others
-have this standard deviation at first, small enough for SiLU to be nearly a line."""
+have this standard deviation at first, small enough for SiLU to be nearly a line. At 0.04 the first
+loss was 0.10 in place of 0.28, but within 50 steps at the recipe's rates it had doubled."""
 REST = 16.0
 """Two channels of the transformer, at 16 and -16, do the same for its last norm."""
 ROWS = 20_000
