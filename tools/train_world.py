@@ -2,10 +2,11 @@
 
     python tools/train_world.py
 
-Stages, each resumed where it was stopped: `code` (the latent space), `clips` (rendered once),
-`model` beside `decoder`, `encoder` and `tune` (the VAE), `files` (what stock loaders take), `proxy`
-and `guide` (LoRAs, by the pack's own trainer) and `pack` (into models/tiny_world). Sample pictures
-appear in the work folder as it goes. About four hours on two cores.
+Stages, each resumed where it was stopped: `code` (the latent space), `clips` and `pairs` (rendered
+once), `model` beside `decoder`, `encoder` and `tune` (the VAE), `files` (what stock loaders take),
+`proxy` and `guide` (LoRAs, by the pack's own trainer) beside `student` and `tc-decoder` (FlashVSR),
+and `pack` (into models/tiny_world, what was trained). Sample pictures appear in the work folder as
+it goes. About four hours on two cores, of one of which FlashVSR's stages take 75 to 85 minutes.
 """
 
 from __future__ import annotations
@@ -20,10 +21,15 @@ from comfy_server import has_accelerator
 from environment import COMFYUI, ROOT, SetupError, cache_folder, prepare, say, stop_on_errors
 
 WORKER = Path(__file__).with_name("world_worker.py")
-STAGES = (
-    "code", "clips", "model", "decoder", "encoder", "tune", "files", "proxy", "guide", "pack",
-)  # fmt: skip
-SIDE_BY_SIDE = ({"model"}, {"decoder", "encoder", "tune"})
+PHASES = (
+    (("code",),),
+    (("clips",), ("pairs",)),
+    (("model",), ("decoder", "encoder", "tune")),
+    (("files", "proxy", "guide"), ("student", "tc-decoder")),
+    (("pack",),),
+)
+"""One after the other; of each, lanes of stages that may run side by side."""
+STAGES = tuple(stage for phase in PHASES for lane in phase for stage in lane)
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -49,6 +55,14 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--cpu", action="store_true", help="even where there is a card")
     parser.add_argument("--steps", type=int, help="of the stages named, instead of the recipe's")
     parser.add_argument(
+        "--data",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="of the drawn clips, pictures, pairs and videos (1; with --steps 2, 0.02 tries all "
+        "stages in five minutes)",
+    )
+    parser.add_argument(
         "--start",
         type=Path,
         metavar="FOLDER",
@@ -60,7 +74,7 @@ def arguments() -> argparse.ArgumentParser:
 def command(options: argparse.Namespace, python: Path, stage: str, cpu: bool) -> list[str]:
     """What runs one stage."""
     made = [str(python), str(WORKER), stage, "--work", str(options.work)]
-    made += ["--output", str(options.output.resolve())]
+    made += ["--output", str(options.output.resolve()), "--data", str(options.data)]
     if options.steps:
         made += ["--steps", str(options.steps)]
     if options.start:
@@ -72,12 +86,8 @@ def together(stages: list[str], cpu: bool) -> list[list[list[str]]]:
     """The stages in order as steps of lanes: what may run side by side on a CPU with two cores."""
     if not cpu or (os.cpu_count() or 1) < 2:
         return [[[stage]] for stage in stages]
-    lanes = [[s for s in stages if s in lane] for lane in SIDE_BY_SIDE]
-    parallel = [lane for lane in lanes if lane]
-    single = [s for s in stages if not any(s in lane for lane in SIDE_BY_SIDE)]
-    before = [[[s]] for s in single if STAGES.index(s) < STAGES.index("model")]
-    after = [[[s]] for s in single if STAGES.index(s) > STAGES.index("tune")]
-    return [*before, *([parallel] if parallel else []), *after]
+    phases = [[[s for s in lane if s in stages] for lane in phase] for phase in PHASES]
+    return [lanes for phase in phases if (lanes := [lane for lane in phase if lane])]
 
 
 def run_lanes(lanes: list[list[list[str]]], environment: dict[str, str]) -> int:

@@ -19,11 +19,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 from world.clips import HEIGHT, WIDTH, random_clip, random_clips, random_crop
-from world.latents import LatentCode, fit, psnr
+from world.latents import fit, psnr
 from world.scenes import FPS
 from world.sheets import save_sheet
+from world.training import save_whole, train
+from world.work import Shown, Work
 
 TOOLS = Path(__file__).resolve().parent
+FILES = "files"
+"""Folder of the finished models, as stock loaders take them."""
 SHARD = 100
 CLIP_SHARDS, PICTURE_SHARDS = 34, 22
 CROP, CROPS, CROP_BATCH = 96, 400, 4
@@ -35,21 +39,6 @@ SAMPLED = (
 )
 
 
-class Work:
-    """The work folder of a training and its device."""
-
-    def __init__(self, options: argparse.Namespace):
-        self.folder: Path = options.work
-        self.output: Path = options.output
-        self.steps: int | None = options.steps
-        self.start: Path | None = options.start
-        self.device = torch.device("cpu" if options.cpu else "cuda")
-
-    @property
-    def code(self) -> LatentCode:
-        return LatentCode.load(self.folder / "code.safetensors")
-
-
 def fit_code(work: Work) -> None:
     """The latent space, from a few hundred clips."""
     path = work.folder / "code.safetensors"
@@ -58,9 +47,10 @@ def fit_code(work: Work) -> None:
     if work.start:  # its models speak no other
         shutil.copy(work.start / "tiny_world_code.safetensors", path)
         return
-    clips, _ = random_clips(0, 300, 128, 128)
-    code = fit(clips[:260], steps=700)
-    held = clips[260:]
+    held_out = work.share(40, least=4)
+    clips, _ = random_clips(0, work.share(300, least=12), 128, 128)
+    code = fit(clips[:-held_out], steps=work.steps or 700)
+    held = clips[-held_out:]
     print(f"[world] the code alone: {psnr(code.decode(code.encode(held)), held):.1f} dB")
     code.save(path)
 
@@ -70,7 +60,7 @@ def render_clips(work: Work) -> None:
     for kind, shards, frames in (("clips", CLIP_SHARDS, 17), ("pictures", PICTURE_SHARDS, 1)):
         folder = work.folder / kind
         folder.mkdir(exist_ok=True)
-        for i in tqdm(range(shards), desc=kind):
+        for i in tqdm(range(work.share(shards)), desc=kind):
             path = folder / f"{i:04d}.pt"
             if path.exists():
                 continue
@@ -78,8 +68,7 @@ def render_clips(work: Work) -> None:
             seed = i + (1000 if frames > 1 else 9000)
             clips, captions = random_clips(seed, count, WIDTH, HEIGHT, frames)
             latents = torch.cat([work.code.encode(part) for part in clips.split(20)]).half()
-            torch.save({"z": latents, "captions": captions}, path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").replace(path)
+            save_whole({"z": latents, "captions": captions}, path)
 
 
 class Batches:
@@ -129,7 +118,7 @@ def train_model(work: Work) -> None:
     comfy.model_management.in_training = True  # RoPE with gradients
     if work.device.type == "cpu":
         comfy.ldm.wan.model.optimized_attention = dit.matmul_attention
-    recipe = dit.DitRecipe(**({"steps": work.steps} if work.steps else {}))
+    recipe = work.asked(dit.DitRecipe())
     model = models.build_wan(**dit.CONFIG).to(work.device).train()
     training = dit.DitTraining(model, recipe)
     checkpoint = work.folder / "dit.pt"
@@ -138,18 +127,13 @@ def train_model(work: Work) -> None:
     elif work.start:
         training.start_from(load_file(work.start / "tiny_world_t2v.safetensors"))
     batches = Batches(work, recipe)
-    with tqdm(total=recipe.steps, initial=training.step, desc="model") as bar:
 
-        def on_step(step: int, loss: float) -> None:
-            recent = training.losses[-50:]
-            bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}")
-            bar.update()
-            if step % 250 == 249:
-                samples = dit.sample(training.average, batches.text, SAMPLED, work.device)
-                videos = work.code.decode(samples.cpu())
-                save_sheet(work.folder / f"model_{step + 1:05d}.png", videos)
+    def picture(step: int) -> None:
+        samples = dit.sample(training.average, batches.text, SAMPLED, work.device)
+        save_sheet(work.folder / f"model_{step:05d}.png", work.code.decode(samples.cpu()))
 
-        dit.train(training, batches, checkpoint, on_step)
+    with Shown(training, checkpoint, picture) as shown:
+        train(training, batches, checkpoint, shown)
 
 
 def crops(seed: int) -> Iterator[Tensor]:
@@ -172,7 +156,7 @@ def train_half(half: str) -> Callable[[Work], None]:
         from atlasvid.engine.comfyui import media
         from world import vae as training_vae
 
-        recipe = training_vae.VaeRecipe(**({"steps": work.steps} if work.steps else {}))
+        recipe = work.asked(training_vae.VaeRecipe())
         vae = media.build_wan_vae(training_vae.DIM).to(work.device)
         training = training_vae.VaeTraining(vae, half, recipe)
         checkpoint = work.folder / f"{half}.pt"
@@ -204,7 +188,7 @@ def write_files(work: Work) -> None:
     from safetensors.torch import save_file
     from world import vae as training_vae
 
-    target = work.folder / "files"
+    target = work.folder / FILES
     target.mkdir(exist_ok=True)
     average = torch.load(work.folder / "dit.pt", weights_only=True)["average"]
     state = {name: value.half().contiguous() for name, value in average.items()}
@@ -273,7 +257,7 @@ def train_lora(name: str) -> Callable[[Work], None]:
         recipe = LORAS[name]
         folder = work.folder / f"videos_{name}"
         folder.mkdir(exist_ok=True)
-        for i in tqdm(range(recipe.clips), desc=f"videos for {name}"):
+        for i in tqdm(range(work.share(recipe.clips)), desc=f"videos for {name}"):
             path = folder / f"{i:04d}.mp4"
             if path.with_suffix(".txt").exists():
                 continue
@@ -281,7 +265,7 @@ def train_lora(name: str) -> Callable[[Work], None]:
             clip, caption = random_clip(rng, recipe.width, recipe.height, recipe.frames)
             write_video(path, clip)
             path.with_suffix(".txt").write_text(caption)
-        files = work.folder / "files"
+        files = work.folder / FILES
         command = [sys.executable, str(TOOLS / "train.py"), name, "--clips", str(folder)]
         for flag, value in (
             ("model", files / "tiny_world_t2v.safetensors"),
@@ -306,16 +290,23 @@ def train_lora(name: str) -> Callable[[Work], None]:
 
 
 def pack(work: Work) -> None:
-    """The finished family in half precision, marked with the version that the pack reads."""
+    """What was trained, in the precision of files, marked with the version that the pack reads."""
+    work.output.mkdir(parents=True, exist_ok=True)
+    shutil.copy(work.folder / "code.safetensors", work.output / "tiny_world_code.safetensors")
+    if (work.folder / FILES).exists():
+        pack_models(work)
+    vsr("pack_flashvsr")(work)
+
+
+def pack_models(work: Work) -> None:
+    """The base model, its VAE and its LoRAs, in half precision."""
     from atlasvid.engine.families.tiny import WORLD_VERSION
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    work.output.mkdir(parents=True, exist_ok=True)
-    shutil.copy(work.folder / "code.safetensors", work.output / "tiny_world_code.safetensors")
     for name in ("t2v", "vae", "proxy_lora", "guide_lora"):
         file = f"tiny_world_{name}.safetensors"
-        with safe_open(work.folder / "files" / file, framework="pt") as opened:
+        with safe_open(work.folder / FILES / file, framework="pt") as opened:
             metadata = opened.metadata() or {}
             state = {key: opened.get_tensor(key).half() for key in opened.keys()}  # noqa: SIM118
         save_file(state, work.output / file, {**metadata, "tiny_world": WORLD_VERSION})
@@ -339,19 +330,31 @@ def tune_vae(work: Work) -> None:
             state = torch.load(trained, weights_only=True)["vae"]
             halves |= {k: v for k, v in state.items() if k.startswith(own)}
     vae.load_state_dict(halves)
-    recipe = training_vae.VaeRecipe(steps=work.steps or 800, rate=1.5e-3, warmup=40)
+    recipe = work.asked(training_vae.VaeRecipe(steps=800, rate=1.5e-3, warmup=40))
     tuning = training_vae.VaeTuning(vae, recipe)
     generator, batches, code = torch.Generator().manual_seed(0), crops(4242), work.code
     for _ in tqdm(range(recipe.steps), desc="tune"):
         video = next(batches)
         latents = code.encode(video)
         tuning.update(video.to(work.device), latents.to(work.device), generator)
-    torch.save({"vae": vae.state_dict()}, target)
+    save_whole({"vae": vae.state_dict()}, target)
+
+
+def vsr(name: str) -> Callable[[Work], None]:
+    """A stage of FlashVSR's, whose module imports the pack."""
+
+    def stage(work: Work) -> None:
+        from world import vsr_stages
+
+        getattr(vsr_stages, name)(work)
+
+    return stage
 
 
 STAGES: dict[str, Callable[[Work], None]] = {
     "code": fit_code,
     "clips": render_clips,
+    "pairs": vsr("render_pairs"),
     "model": train_model,
     "decoder": train_half("decoder"),
     "encoder": train_half("encoder"),
@@ -359,6 +362,8 @@ STAGES: dict[str, Callable[[Work], None]] = {
     "files": write_files,
     "proxy": train_lora("proxy"),
     "guide": train_lora("guide"),
+    "student": vsr("train_student"),
+    "tc-decoder": vsr("train_decoder"),
     "pack": pack,
 }
 
@@ -370,6 +375,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--start", type=Path)
+    parser.add_argument("--data", type=float, default=1.0)
     parser.add_argument("--cpu", action="store_true")
     options = parser.parse_args()
     flags = ["--cpu"] if options.cpu else []
@@ -377,7 +383,9 @@ def main() -> int:
     load_pack()
     if options.cpu and "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    STAGES[options.stage](Work(options))
+    device = torch.device("cpu" if options.cpu else "cuda")
+    place = (options.work, options.output, device)
+    STAGES[options.stage](Work(*place, options.steps, options.start, options.data))
     return 0
 
 

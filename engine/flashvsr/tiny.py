@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from ..comfyui import models
-from ..families.tiny import random_weights, wan_state, world_state
+from ..families.tiny import WORLD, random_weights, wan_state, world_state
 from ..families.wan import TEXT_WIDTH
 from .bundle import FlashVSR
 from .files import projection_of
@@ -21,16 +23,16 @@ LOCAL_RANGE = 3
 """Blocks around a block that the trained family has seen: clips of 2 x 2."""
 
 
-def trained_flashvsr() -> FlashVSR:
+def trained_flashvsr(folder: Path = WORLD) -> FlashVSR:
     """The family that was trained on the tiny world.
 
     Raises:
         ValueError: a file is missing, cut short, or of another version of this pack.
     """
-    rest = world_state("flashvsr")
+    rest = world_state("flashvsr", folder)
     prompt = rest.pop(PROMPT)
     return _bundle(
-        world_state("flashvsr_transformer"),
+        world_state("flashvsr_transformer", folder),
         {name.removeprefix("projection."): v for name, v in rest.items() if "projection." in name},
         prompt,
         {name: value for name, value in rest.items() if name.startswith("decoder.")},

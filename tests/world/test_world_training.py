@@ -10,6 +10,7 @@ from atlasvid.engine.families import tiny
 from world import dit, vae
 from world.clips import random_clips, random_crop
 from world.latents import LatentCode, fit, psnr
+from world.training import train
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,7 @@ def test_the_model_learns_goes_on_and_can_begin_with_a_finished_one(
         return latents, text
 
     whole = training()
-    dit.train(whole, batch, tmp_path / "whole.pt", lambda *_: None)
+    train(whole, batch, tmp_path / "whole.pt", lambda *_: None)
     assert whole.step == 12
     assert sum(whole.losses[-3:]) < sum(whole.losses[:3])
     resumed = training()

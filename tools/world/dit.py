@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .training import Training, adamw, muon
 
 CONFIG = {"dim": 256, "ffn_dim": 896, "num_heads": 2, "num_layers": 6, "text_dim": 4096}
 PROXY_LATENT = (5, 16, 24)
@@ -92,12 +93,7 @@ def optimizers(model: nn.Module, recipe: DitRecipe) -> list[torch.optim.Optimize
     matrices, rest = [], []
     for name, p in model.named_parameters():
         (matrices if name.startswith("blocks.") and p.ndim == 2 else rest).append(p)
-    return [
-        torch.optim.Muon(
-            matrices, lr=recipe.muon_rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"
-        ),
-        torch.optim.AdamW(rest, lr=recipe.adam_rate, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
+    return [muon(matrices, recipe.muon_rate, 0.02), adamw(rest, recipe.adam_rate)]
 
 
 def noise_levels(n: int, shift: float, generator: torch.Generator) -> Tensor:
@@ -117,44 +113,21 @@ def bfloat16_twin(model: nn.Module) -> nn.Module:
     return twin
 
 
-class DitTraining:
-    """The model, its averaged weights and its optimizers; saved and loaded as one."""
+class DitTraining(Training):
+    """The training of the model, which computes with a twin in half precision."""
 
     def __init__(self, model: nn.Module, recipe: DitRecipe):
-        self.model, self.recipe = model, recipe
         initialise(model, recipe.seed)
-        self.average = copy.deepcopy(model).requires_grad_(False)
+        super().__init__(model, recipe, optimizers(model, recipe))
+        self.shift = recipe.shift
         self.twin = bfloat16_twin(model)
-        self.optimizers = optimizers(model, recipe)
-        self.base_rates = [[g["lr"] for g in o.param_groups] for o in self.optimizers]
-        self.step = 0
-        self.losses: list[float] = []
-
-    def save(self, path: Path) -> None:
-        state = {
-            "model": self.model.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizers": [o.state_dict() for o in self.optimizers],
-            "step": self.step,
-            "losses": self.losses,
-            "recipe": asdict(self.recipe),
-        }
-        torch.save(state, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
 
     def load(self, path: Path) -> None:
-        state = torch.load(path, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.average.load_state_dict(state["average"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.step, self.losses = state["step"], state["losses"]
+        super().load(path)
         self._copy_to_twin()
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
-        """Begin with the weights of a finished model."""
-        self.model.load_state_dict({name: value.float() for name, value in weights.items()})
-        self.average.load_state_dict(self.model.state_dict())
+        super().start_from(weights)
         self._copy_to_twin()
 
     @torch.no_grad()
@@ -164,31 +137,18 @@ class DitTraining:
 
     def update(self, latents: Tensor, text: Tensor, generator: torch.Generator) -> float:
         """One step on clips [N, 16, F, H, W] with text [N, L, 4096]; returns the loss."""
-        sigma = noise_levels(len(latents), self.recipe.shift, generator).to(latents.device)
+        sigma = noise_levels(len(latents), self.shift, generator).to(latents.device)
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         s = sigma.view(-1, 1, 1, 1, 1)
         x = ((1 - s) * latents + s * noise).bfloat16()
         loss = F.mse_loss(self.twin(x, sigma * 1000, text.bfloat16()).float(), noise - latents)
-        for optimizer, rates in zip(self.optimizers, self.base_rates, strict=True):
-            optimizer.zero_grad(set_to_none=True)
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * self.recipe.rate(self.step)
         self.twin.zero_grad(set_to_none=True)
         loss.backward()
         for mine, its in zip(self.model.parameters(), self.twin.parameters(), strict=True):
             mine.grad = its.grad.float()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
+        given = self.apply(loss)
         self._copy_to_twin()
-        self.step += 1
-        decay = min(self.recipe.ema, (self.step + 1) / (self.step + 10))
-        with torch.no_grad():
-            pairs = zip(self.average.parameters(), self.model.parameters(), strict=True)
-            for average, value in pairs:
-                average.lerp_(value, 1 - decay)
-        self.losses.append(loss.item())
-        return self.losses[-1]
+        return given
 
 
 @torch.no_grad()
@@ -213,26 +173,3 @@ def sample(
         given, plain = model(torch.cat([x, x]), time_step, torch.cat([words, none])).chunk(2)
         x = x + (following - sigma) * (plain + cfg * (given - plain))
     return x
-
-
-def train(
-    training: DitTraining,
-    batch: Callable[[int, torch.Generator], tuple[Tensor, Tensor]],
-    checkpoint: Path,
-    on_step: Callable[[int, float], None],
-    save_every: float = 120.0,
-) -> None:
-    """Train to the recipe's last step; checkpoints every so many seconds.
-
-    Args:
-        batch: gives latents and text for a step and a generator.
-    """
-    saved = time.monotonic()
-    while training.step < training.recipe.steps:
-        generator = torch.Generator().manual_seed(training.recipe.seed * 1_000_003 + training.step)
-        latents, text = batch(training.step, generator)
-        on_step(training.step, training.update(latents, text, generator))
-        if time.monotonic() - saved > save_every:
-            training.save(checkpoint)
-            saved = time.monotonic()
-    training.save(checkpoint)

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .linear import principal
+
 CHANNELS, TIME, SPACE, REACH = 16, 4, 8, 16
 """Numbers per patch, frames and pixels between patches, pixels that a patch sees."""
 BORDER = (REACH - SPACE) // 2
@@ -65,6 +67,9 @@ class LatentCode:
         later = later.permute(0, 3, 1, 2, 4, 5).flatten(2, 3)
         return torch.cat([first[:, :, None], later], dim=2)
 
+    def to(self, device: torch.device) -> LatentCode:
+        return LatentCode(**{name: value.to(device) for name, value in vars(self).items()})
+
     def save(self, path: Path) -> None:
         save_file({name: value.contiguous() for name, value in vars(self).items()}, path)
 
@@ -82,10 +87,7 @@ def _principal(videos: Tensor) -> tuple[Tensor, Tensor]:
     """Principal components [16, 12, 8, 8] and mean [12] of the patches after the first frame."""
     later = videos[:, :, 1:].unflatten(2, (-1, TIME)).permute(0, 2, 3, 1, 4, 5).flatten(0, 1)
     patches = F.unfold(later.flatten(1, 2), SPACE, stride=SPACE).transpose(1, 2).flatten(0, 1)
-    mean = patches.mean(0)
-    centred = (patches - mean).double()
-    _, vectors = torch.linalg.eigh(centred.T @ centred)
-    basis = vectors.flip(1)[:, :CHANNELS].T.float()
+    basis, mean = principal(patches, CHANNELS)
     return basis.view(CHANNELS, 12, SPACE, SPACE), mean.view(12, -1).mean(1)
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .latents import CHANNELS, LatentCode
+from .training import KernelRows, adamw, muon, save_whole
 
 HALVES = {"encoder": ("encoder.", "conv1."), "decoder": ("decoder.", "conv2.")}
 """Names of each half's weights."""
@@ -146,9 +147,7 @@ class VaeTraining:
         initialise(vae, recipe.seed)
         own = HALVES[half]
         self.parameters = [p for n, p in vae.named_parameters() if n.startswith(own)]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.0
-        )
+        self.optimizer = adamw(self.parameters, recipe.rate)
         self.step = 0
         self.losses: list[float] = []
 
@@ -159,8 +158,7 @@ class VaeTraining:
             "step": self.step,
             "losses": self.losses,
         }
-        torch.save(state, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
+        save_whole(state, path)
 
     def load(self, path: Path) -> None:
         state = torch.load(path, weights_only=True)
@@ -213,18 +211,10 @@ class VaeTuning:
         self.vae, self.recipe = vae, recipe
         ends = ("encoder.conv1.weight", "conv1.weight", "conv2.weight", "decoder.head.2.weight")
         named = dict(vae.named_parameters())
-        self.kernels = [p for name, p in named.items() if p.ndim > 3 and name not in ends]
-        # The optimizer takes matrices: the same numbers, seen as one row per output channel.
-        self.rows = [nn.Parameter(p.data.flatten(1)) for p in self.kernels]
-        pairs = zip(self.rows, self.kernels, strict=True)
-        assert all(rows.data_ptr() == kernel.data_ptr() for rows, kernel in pairs)
-        taken = {id(p) for p in self.kernels}
+        self.kernels = KernelRows(p for n, p in named.items() if p.ndim > 3 and n not in ends)
+        taken = {id(p) for p in self.kernels.kernels}
         self.rest = [p for p in named.values() if id(p) not in taken]
-        rate = recipe.rate
-        self.optimizers = [
-            torch.optim.Muon(self.rows, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(self.rest, lr=rate / 2, betas=(0.9, 0.98), weight_decay=0.0),
-        ]
+        self.optimizers = [muon(self.kernels.rows, recipe.rate), adamw(self.rest, recipe.rate / 2)]
         self.step = 0
 
     def loss(self, video: Tensor, latents: Tensor, generator: torch.Generator) -> Tensor:
@@ -241,9 +231,8 @@ class VaeTuning:
         loss = self.loss(video, latents, generator)
         self.vae.zero_grad(set_to_none=True)
         loss.backward()
-        for rows, kernel in zip(self.rows, self.kernels, strict=True):
-            rows.grad = kernel.grad.flatten(1)
-        learned = [p for p in (*self.rows, *self.rest) if p.grad is not None]
+        self.kernels.take_gradients()
+        learned = [p for p in (*self.kernels.rows, *self.rest) if p.grad is not None]
         nn.utils.clip_grad_norm_(learned, 1.0)
         for optimizer, share in zip(self.optimizers, (1.0, 0.5), strict=True):
             for group in optimizer.param_groups:
