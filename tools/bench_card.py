@@ -24,8 +24,12 @@ from measure import RESULTS, ROOT, conditions, markdown_table, measure, run_case
 MINUTES = 8.0
 UHD_81, UHD_161 = (21, 135, 240), (41, 135, 240)
 TINY_GRID = (5, 16, 24)
-TESTS = ["tests/engine/branch/test_half.py", "tests/engine/branch/test_detail.py"]
-CHOSEN = "half or random or stock or weights_equal"
+TESTS = [
+    "tests/engine/families/test_kernels.py",
+    "tests/engine/branch/test_half.py",
+    "tests/engine/branch/test_detail.py",
+]
+CHOSEN = "takes_the_kernel or half or random or stock or weights_equal"
 TINY_CHOSEN = "half and shifted and plain"
 VSR_SIZE = (768, 1408)
 """Height and width of the published demonstrations of FlashVSR."""
@@ -120,6 +124,7 @@ def card_steps() -> list[Step]:
         Step("tests of the forward, bf16", 60, tests_in("bf16", CHOSEN)),
         Step("1.3B at 4K x 81", 60, case("attention", {**ours, "profile": True})),
         Step("its matrix products", 40, case("attention", {**ours, "what": "products"})),
+        Step("the same, nothing fused", 40, case("attention", ours, ATLASVID_FUSED="0")),
         Step("chunks", 40, case("card", {"what": "chunks", "shape": "1.3B", "grid": UHD_81})),
         Step("tests of the forward, fp32", 75, tests_in("fp32", CHOSEN)),
         Step("capped at 12 GiB, tokens streamed", 60, case(
@@ -147,6 +152,7 @@ def tiny_steps() -> list[Step]:
         Step("tests of the forward", 240, tests_in("", TINY_CHOSEN)),
         Step("ours", 120, case("attention", {**ours, "profile": True})),
         Step("its matrix products", 120, case("attention", {**ours, "what": "products"})),
+        Step("the same, nothing fused", 120, case("attention", ours, ATLASVID_FUSED="0")),
         Step("chunks", 120, case("card", {"what": "chunks", "shape": ours["shape"],
                                           "grid": TINY_GRID, "sizes": (512, 1024)})),
         Step("tokens streamed", 120, case("attention", {**ours, "budget": "0.001 GB"})),
@@ -161,9 +167,11 @@ def tiny_steps() -> list[Step]:
     ]  # fmt: skip
 
 
-def case(subcommand: str, given: dict[str, Any]) -> Callable[[float], dict[str, Any]]:
-    """A step that is a case of a benchmark."""
-    return lambda seconds: run_case(subcommand, given, seconds)
+def case(
+    subcommand: str, given: dict[str, Any], **environment: str
+) -> Callable[[float], dict[str, Any]]:
+    """A step that is a case of a benchmark, with some environment variables."""
+    return lambda seconds: run_case(subcommand, given, seconds, environment)
 
 
 def tests_in(tier: str, chosen: str) -> Callable[[float], dict[str, Any]]:

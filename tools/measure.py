@@ -9,9 +9,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import date
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,15 +83,26 @@ def anonymous_peak(call: Callable[[], Any]) -> dict[str, float]:
     return {"seconds": seconds, "anonymous_bytes": peak, "anonymous_grown": peak - before}
 
 
-def run_case(subcommand: str, case: dict[str, Any], seconds: float | None = None) -> dict[str, Any]:
+def run_case(
+    subcommand: str,
+    case: dict[str, Any],
+    seconds: float | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Any]:
     """Measures one case in a fresh process, so that peaks do not hide each other.
+
+    Args:
+        environment: variables of that process beside its own.
 
     Raises RuntimeError with the process's output when it fails, subprocess.TimeoutExpired when it
     takes longer than `seconds`.
     """
     command = [sys.executable, str(ROOT / "tools" / "bench.py"), subcommand]
     command += ["--case", json.dumps(case)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
+    variables = {**os.environ, **environment}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=seconds, env=variables
+    )
     if done.returncode:
         raise RuntimeError(f"{case} failed:\n{done.stderr[-2000:]}")
     result = {**case, **json.loads(done.stdout.splitlines()[-1])}
