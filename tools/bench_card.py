@@ -140,6 +140,7 @@ def card_steps() -> list[Step]:
         Step("FlashVSR at 768 x 1408", 60, case(
             "card", {"what": "flashvsr", "size": VSR_SIZE, "frames": 10})),
         Step("the demo graph through a server", 120, demo),
+        Step("a training step through a server", 60, training_step),
         Step("stock, one block", 90, case(
             "attention", {"shape": "1.3B, one block", "what": "stock", "grid": UHD_81})),
     ]  # fmt: skip
@@ -164,6 +165,7 @@ def tiny_steps() -> list[Step]:
         Step("FlashVSR", 120, case(
             "card", {"what": "flashvsr", "size": (128, 128), "frames": 6, "shape": "tiny"})),
         Step("the demo graph through a server", 600, demo),
+        Step("a training step through a server", 300, training_step),
     ]  # fmt: skip
 
 
@@ -197,10 +199,40 @@ def tests_in(tier: str, chosen: str) -> Callable[[float], dict[str, Any]]:
 
 def demo(seconds: float) -> dict[str, Any]:
     """The demo graph in a real server: its own start, loading and casting."""
+    return served("atlasvid_demo", seconds, lambda prompt, base: prompt)
+
+
+def training_step(seconds: float) -> dict[str, Any]:
+    """One step of the tiny model's guide LoRA in a real server: autograd has a thread of its own
+    there, and weights may be where dynamic VRAM keeps them."""
+
+    def prepared(prompt: dict[str, Any], base: Path) -> dict[str, Any]:
+        from screenshots import SHOWN, draw_video
+        from twins import TRAINING, tiny_twin
+
+        twin = tiny_twin(prompt, steps=1)
+        (training,) = [node["inputs"] for node in twin.values() if node["class_type"] == TRAINING]
+        folder = base / "input" / training["folder"]
+        folder.mkdir(parents=True)
+        draw_video(folder / "clip.mp4", SHOWN[0], 384, 224)
+        (folder / "clip.txt").write_text(SHOWN[0], "utf-8")
+        return twin
+
+    return served("atlasvid_train_guide", seconds, prepared)
+
+
+def served(
+    graph: str, seconds: float, prepared: Callable[[dict[str, Any], Path], dict[str, Any]]
+) -> dict[str, Any]:
+    """A shipped graph through a server of its own.
+
+    Args:
+        prepared: the prompt to run, of the graph's and the server's folder.
+    """
     import comfy_server
     from workflow import to_prompt
 
-    workflow = json.loads((ROOT / "workflows" / "atlasvid_demo.json").read_text("utf-8"))
+    workflow = json.loads((ROOT / "workflows" / f"{graph}.json").read_text("utf-8"))
     python, comfyui = Path(sys.executable), Path(os.environ["COMFYUI_PATH"])
     with tempfile.TemporaryDirectory(prefix="atlasvid-") as folder:
         base, page = Path(folder), Path(folder) / "page"
@@ -217,7 +249,8 @@ def demo(seconds: float) -> dict[str, Any]:
             with comfy_server.Session(server) as session:
                 definitions = session.object_info()
                 comfy_server.require_nodes(server, definitions, workflow)
-                history = session.run(to_prompt(workflow, definitions), seconds - up)
+                prompt = prepared(to_prompt(workflow, definitions), base)
+                history = session.run(prompt, seconds - up)
             files = comfy_server.output_files(history, base / "output")
             sizes = [file.stat().st_size for file in files]
     return {"up_s": up, "run_s": time.monotonic() - begun - up, "files": sizes}
