@@ -6,7 +6,7 @@ Stages, each resumed where it was stopped: `code` (the latent space), `clips` an
 once), `model` beside `decoder`, `encoder` and `tune` (the VAE), `files` (what stock loaders take),
 `proxy` and `guide` (LoRAs, by the pack's own trainer) beside `student` and `tc-decoder` (FlashVSR),
 and `pack` (into models/tiny_world, what was trained). Sample pictures appear in the work folder as
-it goes. About four hours on two cores, of one of which FlashVSR's stages take 75 to 85 minutes.
+it goes. About five hours on two cores, of one of which FlashVSR's stages take 75 to 85 minutes.
 """
 
 from __future__ import annotations

@@ -218,12 +218,13 @@ class LoraStage:
 
 LORAS = {
     "proxy": LoraStage(
-        40,
+        280,
         WIDTH,
         HEIGHT,
         65,
-        200,
-        ("--seconds", "4", "--accumulate", "4", "--learning-rate", "0.001"),
+        1400,
+        # Where things go is decided at high noise levels: a larger shift than the model's own.
+        ("--seconds", "4", "--accumulate", "4", "--learning-rate", "0.0015", "--shift", "4"),
     ),
     "guide": LoraStage(
         28,
