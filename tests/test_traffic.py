@@ -1,6 +1,8 @@
 """What a block of the detail branch moves and launches on a card, counted on simulated tensors."""
 
 import pytest
+import torch
+from atlasvid.engine.branch import compiled
 from traffic import count_block
 
 UHD_81 = (21, 135, 240)
@@ -39,3 +41,25 @@ def test_sliding_windows_find_their_places_once():
     assert found["vectors"] <= 80
     assert found["dispatches"] / found["chunks"] <= 45
     assert "arange" not in found["launched"]
+
+
+def test_compiled_parts_run_on_a_card_beside_the_kernel(monkeypatch, caplog):
+    """Product and norm are compiled, so the kernel turns what they give."""
+    graphs, parts_of = [], compiled.parts_of
+
+    def backend(graph, inputs, **_):
+        graphs.append(str(graph.code))
+        return graph.forward
+
+    monkeypatch.setattr(
+        compiled, "parts_of", lambda family, _: parts_of(family, {"backend": backend})
+    )
+    torch._dynamo.reset()
+    found = count_block("shifted", COMPACT, (5, 34, 60))
+    torch._dynamo.reset()
+    assert "torch.compile failed" not in caplog.text
+    assert len(graphs) == 3, "queries, keys and feed-forward, each for all chunks"
+    assert sum("rms_norm" in code for code in graphs) == 2
+    assert found["launched"]["norm_rotate"] > 0
+    per_chunk = 3  # queries, keys and the queries of the text, whose keys are made once
+    assert found["launched"]["_fused_rms_norm"] == per_chunk * found["chunks"] + 1
