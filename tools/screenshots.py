@@ -172,8 +172,8 @@ def workflows(only: str) -> None:
                 if only not in file.stem:
                     continue
                 workflow = json.loads(file.read_text("utf-8"))
-                prompt = OF_ITS_OWN.get(file.stem, prompt)
-                frame = twin_frame(session, workflow, prompt, base)
+                shown = OF_ITS_OWN.get(file.stem, prompt)
+                frame = twin_frame(session, workflow, shown, base)
                 page.set_content(framed(workflow, frame) if frame else graph_drawing(workflow))
                 page.screenshot(path=file.with_suffix(".jpg"), type="jpeg", quality=85)
 
