@@ -154,9 +154,9 @@ ON_SHEET = (
     "stock model at full size",
     "windows alone",
     "guide, 16 x ratio",
-    "0.7 and structure, weight 1 (the old default)",
     "0.7 and structure, 16 x ratio (the default)",
     "guide LoRA, 0.7 and structure, close-up prompt, cfg 1",
+    "FlashVSR",
 )
 
 
