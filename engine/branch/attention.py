@@ -76,26 +76,27 @@ def cudnn_is_faster(device: torch.device) -> bool:
     if pytorch is None:
         return False
     heads, windows, queries, keys = 12, 32, 1_024, 1_104
-    q, k, v = (
-        torch.randn((windows, n, heads * 128), device=device, dtype=torch.bfloat16)
-        for n in (queries, keys, keys)
-    )
     try:
+        q, k, v = (
+            torch.randn((windows, n, heads * 128), device=device, dtype=torch.bfloat16)
+            for n in (queries, keys, keys)
+        )
         expected = pytorch(q, k, v, heads=heads).float()
         given = models.cudnn_attention(q, k, v, heads).float()
+        difference = float((given - expected).abs().mean() / expected.abs().mean())
+        del expected, given
+        took = [
+            _seconds(device, lambda call=call: call(q, k, v, heads=heads))
+            for call in (models.cudnn_attention, pytorch)
+        ]
     except Exception as error:
         if management.is_out_of_memory(error):
             return False
         log.warning("AtlasVid: cuDNN's attention failed (%s); using ComfyUI's choice", error)
         return False
-    difference = float((given - expected).abs().mean() / expected.abs().mean())
     if not difference <= ROUNDED:  # true for NaN
         log.warning("AtlasVid: cuDNN's attention is off by %.2g on this card", difference)
         return False
-    took = [
-        _seconds(device, lambda call=call: call(q, k, v, heads=heads))
-        for call in (models.cudnn_attention, pytorch)
-    ]
     return took[0] < WORTH * took[1]
 
 

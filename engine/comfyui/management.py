@@ -12,9 +12,15 @@ import torch
 from torch import Tensor
 
 
-def use_on_device(model: Any) -> torch.device:
-    """Load a model's weights where ComfyUI computes, and say where that is."""
-    comfy.model_management.load_models_gpu([model], force_full_load=True)
+def use_on_device(model: Any, working_bytes: int = 0) -> torch.device:
+    """Load all of a model's weights where ComfyUI computes, and say where that is.
+
+    Args:
+        working_bytes: to be free beside them; other models give way.
+    """
+    comfy.model_management.load_models_gpu(
+        [model], memory_required=working_bytes, force_full_load=True
+    )
     return model.load_device
 
 
@@ -144,8 +150,10 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     """The dtype that ComfyUI samples a Wan model in."""
     if device.type == "cpu":
         return torch.float32
-    bf16 = comfy.model_management.should_use_bf16(device)
-    return torch.bfloat16 if bf16 else torch.float16
+    if comfy.model_management.should_use_bf16(device):
+        return torch.bfloat16
+    fp16 = comfy.model_management.should_use_fp16(device)  # not on every card, nor where forced
+    return torch.float16 if fp16 else torch.float32
 
 
 def device_name(device: torch.device) -> str:

@@ -17,7 +17,7 @@ from .memory import Sizes
 from .projection import IN_FRONT, PATCH
 from .schedule import SLOT, Schedule
 from .selection import Sparsity
-from .tc_decoder import CONDITION_CHANNELS, FRAMES, GROWTH, LATENT_CHANNELS, Widths
+from .tc_decoder import CONDITION_CHANNELS, FRAMES, GROWTH, LATENT_CHANNELS, Widths, held_bytes
 
 PATCH_NUMBERS = 16 * 4
 """Of a latent in one token: 16 channels of 2 x 2."""
@@ -87,14 +87,8 @@ def decoder_flops(widths: Widths, grid: BlockGrid, latent_frames: int) -> float:
 
 
 def decoder_bytes(widths: Widths, grid: BlockGrid, itemsize: int) -> int:
-    """What the Tiny Conditional decoder holds at its peak, beside its weights and a stripe.
-
-    Each of three blocks of every level remembers a frame. The last level's blocks are the largest:
-    two frames in, two out, and one that is remembered anew.
-    """
-    positions = grid.count * (2 * SIDE) ** 2 * itemsize
-    frames = [width * positions * 4**level for level, width in enumerate(widths.levels)]
-    return 3 * sum(frames) + 5 * frames[-1]
+    """What the Tiny Conditional decoder holds at its peak, beside its weights and a stripe."""
+    return held_bytes(widths, grid.count * (2 * SIDE) ** 2, itemsize)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..comfyui import management, models, server
+from ..device import copies
 from ..device.budget import AUTO, parse_budget
 from ..device.chunks import ChunkSize, in_chunks
 from ..vae.cpu import fast_on_cpu
@@ -55,6 +56,8 @@ WAN_RATE = Fraction(16)
 MEMORY_SHARE = 0.7
 AUTO_STRIPE = 2**30
 """Bytes: of 4K frames 90 rows in float32, of whose work the halos are 7 %. The rest is left."""
+CORRECTED = 6
+"""Frames in float32 that are alive while the colours of one are corrected."""
 
 
 class MemBlock(nn.Module):
@@ -285,7 +288,7 @@ class TCRun:
 
     def _remember(self, number: int, x: Tensor) -> Tensor:
         """A MemBlock over frames [n, C, H, W], which follow those that it saw before."""
-        out = torch.empty_like(x)
+        out = self._empty(x, 1, x.shape[1])
         before = self._memory.get(number)
         for frame, into in zip(x.split(1), out.split(1), strict=True):
             before = torch.zeros_like(frame) if before is None else before
@@ -298,7 +301,14 @@ class TCRun:
     def _empty(self, x: Tensor, growth: int, channels: int, scale: int = 1) -> Tensor:
         count, _, height, width = x.shape
         shape = count * growth, channels, scale * height, scale * width
-        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        make = partial(torch.empty, dtype=x.dtype, memory_format=torch.channels_last)
+        try:
+            return make(shape, device=self.device)
+        except Exception as error:
+            if not management.is_out_of_memory(error):
+                raise
+        management.empty_cache()
+        return make(shape, device=copies.cpu())
 
     def _striped(
         self,
@@ -311,6 +321,8 @@ class TCRun:
     ) -> None:
         """Local layers over frames [n, C, H, W] into `out`, a stripe of rows at a time.
 
+        Frames that the device has no room for are in host memory.
+
         Args:
             halo: rows of `out` beyond a stripe that it depends on.
             live: numbers per position of `out` that are in use while it is computed.
@@ -321,23 +333,38 @@ class TCRun:
         def stripe(first: int, stop: int) -> None:
             low = max(0, first - halo) // scale
             high = min(height, -(-(stop + halo) // scale))
-            part = compute(*(x[:, :, low:high] for x in inputs))
+            part = compute(*(x[:, :, low:high].to(self.device) for x in inputs))
             out[:, :, first:stop] = part[:, :, first - low * scale : stop - low * scale]
 
         row = int(live * count * columns * out.element_size())
         in_chunks(range(row, row * rows + 1, row), self.stripe, stripe)
 
 
-def load(patcher: Any, budget: str = AUTO) -> TCRun:
+def held_bytes(widths: Widths, positions: int, itemsize: int) -> int:
+    """What whole frames take at the peak, beside weights and a stripe.
+
+    Each of three blocks of every level remembers a frame. The last level's blocks are the largest:
+    two frames in, two out, and one that is remembered anew.
+
+    Args:
+        positions: of a latent frame.
+    """
+    frames = [width * positions * itemsize * 4**i for i, width in enumerate(widths.levels)]
+    return 3 * sum(frames) + 5 * frames[-1]
+
+
+def load(patcher: Any, budget: str = AUTO, working_bytes: int = 0) -> TCRun:
     """Loads the decoder's weights and begins a clip whose stripes fit the budget and what is free.
 
     Args:
         patcher: ModelPatcher of a TCDecoder.
         budget: "auto" or gibibytes such as "4 GB", for the features of a stripe.
+        working_bytes: that whole frames take beside a stripe.
     """
-    device = management.use_on_device(patcher)
+    stripe = parse_budget(budget) or AUTO_STRIPE
+    device = management.use_on_device(patcher, working_bytes + stripe)
     free = int(MEMORY_SHARE * management.free_memory(device, patcher))
-    limit = min(parse_budget(budget) or AUTO_STRIPE, free)
+    limit = min(stripe, free)
     return TCRun(patcher.model, device, ChunkSize(max(1, limit)))
 
 
@@ -382,7 +409,9 @@ class ConditionedClip:
 
     def plan(self) -> TCRun:
         """Loads the decoder."""
-        return load(self._patcher, self._budget)
+        decoder, (height, width) = self._patcher.model, self.upscale.padded
+        frames = held_bytes(decoder.widths, height * width // SCALE**2, decoder.dtype.itemsize)
+        return load(self._patcher, self._budget, frames + CORRECTED * 3 * 4 * height * width)
 
     def scratch_bytes(self, plan: TCRun) -> int:
         """Nothing but the frames goes to the disk."""
@@ -411,10 +440,13 @@ class ConditionedClip:
     def _images(self, frames: Tensor, low_quality: LowQuality, start: int) -> Tensor:
         """Decoded frames, of which the first is frame `start`, as images [n, height, width, 3]."""
         wanted = frames[: self.frames - start]
-        pictures = self.upscale.crop(wanted).float()
-        reference = low_quality.pictures(start, start + len(wanted)).to(pictures.device)
-        corrected = self._correct(pictures, reference)
-        return ((corrected + 1) / 2).clamp(0, 1).movedim(1, -1).cpu()
+        reference = low_quality.pictures(start, start + len(wanted))
+        images = []
+        for frame, given in zip(wanted.split(1), reference.split(1), strict=True):
+            picture = self.upscale.crop(frame).float()
+            corrected = self._correct(picture, given.to(picture.device))
+            images.append(((corrected + 1) / 2).clamp(0, 1).movedim(1, -1).cpu())
+        return torch.cat(images)
 
     def all_images(self) -> Tensor:
         """All frames [frames, height, width, 3] in [0, 1]."""

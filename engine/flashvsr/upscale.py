@@ -28,6 +28,8 @@ from .transformer import OneStep
 
 PROJECTION_ROWS = 16
 """Rows of tokens to convolve at a time."""
+PREVIEW = 64
+"""Latent pixels of a preview's longer side."""
 SHARE = 0.75
 """Of what is free: the allocator fragments, and other programs use the card too."""
 
@@ -205,7 +207,8 @@ class Progress:
 
     def show(self, latent: Tensor) -> None:
         """A slot [1, 16, 2, h, w] is done."""
-        self._bar(self.done, self._picture(latent[:, :, :1]))
+        step = max(1, max(latent.shape[-2:]) // PREVIEW)  # a previewer may be a whole decoder
+        self._bar(self.done, self._picture(latent[:, :, :1, ::step, ::step]))
 
     def end(self) -> None:
         """Everything is up-scaled: what it took, in place of the time left."""

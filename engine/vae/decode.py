@@ -214,8 +214,16 @@ class _Features:
         while len(self._numbers) < len(self.chunks):
             self._compute_next()
 
-    @torch.inference_mode()
     def _compute_next(self) -> None:
+        try:
+            self._compute()
+        except BaseException:
+            # What later chunks read of this one may be half of it: whoever tries again begins anew.
+            self._whole, self._numbers = None, []
+            raise
+
+    @torch.inference_mode()
+    def _compute(self) -> None:
         management.raise_if_cancelled()
         tiled, vae = self._tiled, self._tiled.vae
         if self._whole is None:
@@ -260,8 +268,16 @@ def plan_tiles(
     automatic = limit is None
     grid = frugal_grid(cost, reachable, work_limit) if automatic else grid_within(cost, limit)
     whole = _room(coder, cost, reachable if limit is None else limit)
-    management.load_vae_weights(vae, max(cost.peak_bytes(grid), whole.peak))
+
+    def peak(grid: TileGrid) -> int:
+        """A single tile is computed while the stage before it keeps its frames."""
+        tile = cost.peak_bytes(grid)
+        return tile + whole.peak if len(grid.tiles) == 1 else max(tile, whole.peak)
+
+    management.load_vae_weights(vae, peak(grid))
     free = int(MEMORY_SHARE * management.free_vae_memory(vae))
+    if len(grid.tiles) == 1 and peak(grid) > free:
+        grid = grid_within(cost, min(free, cost.peak_bytes(grid) - 1))
     return grid if cost.peak_bytes(grid) <= free else grid_within(cost, free)
 
 

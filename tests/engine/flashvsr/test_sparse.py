@@ -6,7 +6,7 @@ from atlasvid.engine.comfyui import management
 from atlasvid.engine.device.chunks import ChunkSize
 from atlasvid.engine.flashvsr.attention import equal_counts, sparse_attention
 from atlasvid.engine.flashvsr.blocks import BlockGrid
-from atlasvid.engine.flashvsr.kernel import block_sparse_attention, disagreement
+from atlasvid.engine.flashvsr.kernel import block_sparse_attention, disagreement, guarded
 from atlasvid.engine.flashvsr.selection import Sparsity, chosen
 
 
@@ -121,3 +121,27 @@ def test_the_cache_drops_one_slot_at_a_time(kv_ratio, kept):
 def test_the_budget_is_sixty_per_ratio_and_block():
     assert Sparsity().budget(BlockGrid(8, 15)) == 60 * 2 * 120 - 1
     assert Sparsity(0.01).budget(BlockGrid(1, 1)) == 0
+
+
+def test_a_kernel_that_fails_later_is_left_out(caplog):
+    q, k, v = blocks(2, 2)
+    kept, calls = torch.ones(2, 2, dtype=torch.bool), []
+
+    def failing(*_):
+        calls.append(1)
+        raise RuntimeError("no longer compiles")
+
+    attend = guarded(failing)
+    for _ in range(2):
+        given = attend(q, k, v, kept, ChunkSize(2**20))
+        assert torch.equal(given, sparse_attention(q, k, v, kept, ChunkSize(2**20)))
+    assert len(calls) == 1
+    assert caplog.text.count("FlexAttention failed (RuntimeError)") == 1
+
+
+def test_memory_that_runs_out_is_not_the_kernels_fault():
+    def full(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        guarded(full)(*blocks(2, 2), torch.ones(2, 2).bool(), ChunkSize(2**20))

@@ -7,14 +7,17 @@ import flashvsr_reference as reference
 import pytest
 import torch
 import torch.nn.functional as F
-from atlasvid.engine.comfyui import models, server
+from atlasvid.engine.comfyui import management, models, server
 from atlasvid.engine.device.chunks import ChunkSize
 from atlasvid.engine.flashvsr.source import Footage, LowQuality, Upscale
 from atlasvid.engine.flashvsr.tc_decoder import (
+    AUTO_STRIPE,
+    CORRECTED,
     ConditionedClip,
     TCDecoder,
     TCRun,
     Widths,
+    held_bytes,
     load_tc_decoder,
 )
 from atlasvid.engine.vae.sources import frame_source
@@ -210,6 +213,38 @@ def test_out_of_memory_halves_the_stripe_and_repeats_it(weights, decoder, monkey
     result = torch.cat(decoded(decoder, latents, footage, 200_000))
     assert max(heights) > 9
     assert difference(result, whole_clip(weights, latents, footage)) < 1e-5
+
+
+def test_frames_that_do_not_fit_are_in_host_memory(weights, decoder, monkeypatch):
+    latents, footage = latents_of(2, 6, 4), footage_of(5, 8, 8)
+    stock, asked = torch.empty, []
+
+    def scarce(*shape, **more):
+        if "memory_format" not in more:
+            return stock(*shape, **more)
+        asked.append(shape)
+        if len(asked) % 2:
+            raise torch.OutOfMemoryError("no room")
+        return stock(*shape, **more)
+
+    monkeypatch.setattr(torch, "empty", scarce)
+    result = torch.cat(decoded(decoder, latents, footage, 2**30))
+    monkeypatch.undo()
+    assert len(asked) > 20
+    assert difference(result, whole_clip(weights, latents, footage)) < 1e-5
+
+
+def test_other_models_give_way_to_whole_frames(decoder, monkeypatch):
+    asked = []
+
+    def use_on_device(model, working_bytes=0):
+        asked.append(working_bytes)
+        return torch.device("cpu")
+
+    monkeypatch.setattr(management, "use_on_device", use_on_device)
+    clip(decoder, latents_of(6, 4, 4), footage_of(21, 8, 8)).plan()
+    frames = held_bytes(decoder.widths, 4 * 4, 4)
+    assert asked == [frames + CORRECTED * 3 * 4 * 32 * 32 + AUTO_STRIPE]
 
 
 def test_cancel_stops_within_a_latent_frame(decoder, monkeypatch):

@@ -5,10 +5,11 @@ from contextlib import nullcontext
 import comfy.ldm.wan.vae
 import pytest
 import torch
-from atlasvid.engine.comfyui import media, server
+from atlasvid.engine.comfyui import management, media, server
 from atlasvid.engine.vae import middle, wan
-from atlasvid.engine.vae.decode import TiledDecoder, decode_images
+from atlasvid.engine.vae.decode import MEMORY_SHARE, TiledDecoder, decode_images
 from atlasvid.engine.vae.layers import convolutions
+from atlasvid.engine.vae.middle import WholeFrames
 from atlasvid.engine.vae.regions import Region, Span, TileGrid
 from atlasvid.engine.vae.tiling import (
     DECODE_WORK_LIMIT,
@@ -118,6 +119,33 @@ def test_out_of_memory_halves_the_tile_and_keeps_the_rest(monkeypatch):
     images = decode_in(TileGrid(8, 40, 1, 2), vae, latent, monkeypatch)
     assert decoded == [0, 80, 160, 160, 200, 240, 240, 280]
     assert (images - untiled(vae, latent)).abs().max() <= TOLERANCE
+
+
+def test_out_of_memory_on_whole_frames_begins_them_anew(monkeypatch):
+    """What a layer keeps for the next frames has been taken from the frame that failed."""
+    vae, stock, calls = wan21_vae(), WholeFrames._attend, []
+    latent = random_latent(16, 4, 8, 8)
+
+    def scarce(self, frame):
+        stock(self, frame)
+        calls.append(frame)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(WholeFrames, "_attend", scarce)
+    images = decode_in(TileGrid(8, 8, 1, 1), vae, latent, monkeypatch)
+    assert len(calls) > 3
+    assert (images - untiled(vae, latent)).abs().max() <= TOLERANCE
+
+
+def test_a_single_tile_leaves_room_for_the_stage_before_it(monkeypatch):
+    vae = wan21_vae()
+    tiled = TiledDecoder(vae, random_latent(16, 2, 16, 16))
+    assert len(tiled.plan().tiles) == 1
+    alone = tiled.cost.peak_bytes(tiled.plan())
+    free = int(1.05 * alone / MEMORY_SHARE)
+    monkeypatch.setattr(management, "free_vae_memory", lambda _: free)
+    assert len(tiled.plan().tiles) > 1
 
 
 def test_other_errors_are_not_taken_for_memory(monkeypatch):
