@@ -146,11 +146,17 @@ class DecodedFrames:
         needed = self._frame_bytes() + self._stream.scratch_bytes(plan)
         require_space(self._folder, needed, self._purpose())
         buffer = FrameBuffer(self._stream.height, self._stream.width, self._folder)
+        done = 0
         try:
             for start in self._filling(buffer, plan):
-                yield buffer.read(start)
+                frames = buffer.read(start)
+                done += len(frames)
+                if done == self._stream.frames:  # a reader who has them all may not come again
+                    self._buffer = buffer
+                yield frames
         except BaseException:
-            buffer.close()
+            if self._buffer is not buffer:
+                buffer.close()
             raise
         self._buffer = buffer
 

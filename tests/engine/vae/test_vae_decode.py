@@ -8,6 +8,7 @@ import torch
 from atlasvid.engine.comfyui import management, media, server
 from atlasvid.engine.vae import middle, wan
 from atlasvid.engine.vae.decode import MEMORY_SHARE, TiledDecoder, decode_images
+from atlasvid.engine.vae.frames import DecodedFrames
 from atlasvid.engine.vae.layers import convolutions
 from atlasvid.engine.vae.middle import WholeFrames
 from atlasvid.engine.vae.regions import Region, Span, TileGrid
@@ -146,6 +147,21 @@ def test_a_single_tile_leaves_room_for_the_stage_before_it(monkeypatch):
     free = int(1.05 * alone / MEMORY_SHARE)
     monkeypatch.setattr(management, "free_vae_memory", lambda _: free)
     assert len(tiled.plan().tiles) > 1
+
+
+def test_frames_are_kept_for_one_who_takes_them_all_and_leaves(monkeypatch, tmp_path):
+    tiled, passes, stock = TiledDecoder(wan21_vae(), random_latent(16, 3, 8, 8)), [], TiledDecoder
+    pieces = stock.pieces
+    monkeypatch.setattr(stock, "pieces", lambda *given: (passes.append(1), pieces(*given))[1])
+    decoded, read = DecodedFrames(tiled, 8, tmp_path), []
+    for _ in range(2):
+        batches, taken = decoded.batches(), []
+        while sum(map(len, taken)) < tiled.frames:
+            taken.append(next(batches))
+        batches.close()
+        read.append(torch.cat(taken))
+    assert len(passes) == 1
+    assert torch.equal(*read)
 
 
 def test_other_errors_are_not_taken_for_memory(monkeypatch):
