@@ -89,7 +89,12 @@ def overview(query: Mapping[str, str]) -> dict[str, Any]:
 
 def calibrate(query: Mapping[str, str]) -> None:
     """Measure this machine with the model that the query names, unless that was done before."""
-    calibration.rates_of(_shape(query)[0])
+    try:
+        calibration.rates_of(_shape(query)[0])
+    except BaseException as error:
+        if not management.is_cancelled(error):
+            raise
+        management.cancel()  # meant for the job beside this, which would not hear of it
 
 
 def this_machine() -> cost.Machine:

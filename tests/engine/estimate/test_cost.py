@@ -5,12 +5,13 @@ import struct
 import time
 from dataclasses import replace
 
+import comfy.model_management
 import pytest
 import torch
 from atlasvid.engine.branch.apply import apply_detail_branch
 from atlasvid.engine.branch.memory import wanted_bytes
 from atlasvid.engine.branch.settings import GUIDE_NOISE, DetailSettings
-from atlasvid.engine.comfyui import media
+from atlasvid.engine.comfyui import management, media
 from atlasvid.engine.estimate import calibration, cost, overview
 from atlasvid.engine.estimate.cost import ModelShape, Rates, Settings
 from atlasvid.engine.families import tiny
@@ -379,3 +380,14 @@ def test_measurements_that_something_else_wrote_are_passed_over(tmp_path, kept):
 def test_overview_says_what_is_wrong(change, message):
     with pytest.raises(ValueError, match=message):
         overview.overview({**QUERY, **change})
+
+
+def test_a_cancel_that_a_measurement_hears_reaches_the_job(monkeypatch):
+    def measured(shape):
+        management.cancel()
+        management.raise_if_cancelled()  # as ComfyUI's own layers do, and forget it then
+
+    monkeypatch.setattr(overview.calibration, "rates_of", measured)
+    overview.calibrate({})
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        management.raise_if_cancelled()
