@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..device import copies
 from ..families.rotations import join_axes
 from .blocks import SIDE, BlockGrid
 from .schedule import SLOT
@@ -30,6 +31,8 @@ class BlockRotations:
             self._table(torch.arange(count * SIDE), width).unflatten(0, (count, SIDE))
             for count, width in zip((grid.rows, grid.columns), sides, strict=True)
         )
+        self._times: dict[int, Tensor] = {}
+        """Of slots, by their first frame."""
 
     def of(self, first: int, start: int, stop: int) -> Tensor:
         """Of blocks start <= n < stop of the slot of latent frames `first` and the one after it.
@@ -37,7 +40,9 @@ class BlockRotations:
         -> [1, (stop - start) * 128, 1, d / 2, 2, 2], float32.
         """
         place = torch.arange(start, stop, device=self._device)
-        time = self._table(torch.arange(first, first + SLOT), self._time_width)
+        if first not in self._times:
+            self._times[first] = self._table(torch.arange(first, first + SLOT), self._time_width)
+        time = self._times[first]
         rotations = join_axes(
             (
                 time.expand(len(place), *time.shape),
@@ -53,4 +58,5 @@ class BlockRotations:
         angles = positions.double()[:, None] * self._theta**-powers
         cos, sin = angles.cos(), angles.sin()
         table = torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2))
-        return table.to(self._device, torch.float32)
+        pinned = copies.host_buffer(tuple(table.shape), torch.float32, self._device)
+        return copies.upload(pinned.copy_(table), self._device)

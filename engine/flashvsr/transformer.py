@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ..comfyui import management
 from ..device.chunks import ChunkSize, in_chunks
+from ..device.outbox import Outbox
+from ..device.parts import DeviceParts, HostParts, Parts
 from ..families import wan
 from .blocks import SIDE, TOKENS, BlockGrid
 from .kernel import attention_for
@@ -41,8 +43,8 @@ class Slot:
 
     first: int
     noise: Tensor
-    tokens: Tensor
-    queries: Tensor | None = None
+    tokens: Parts
+    queries: Parts | None = None
     """[heads, N, 128, d]; attended values once they are known."""
 
 
@@ -50,8 +52,8 @@ class Slot:
 class Keys:
     """Keys and values of one slot in one block, [heads, N, 128, d]."""
 
-    keys: Tensor
-    values: Tensor
+    keys: Parts
+    values: Parts
 
 
 @dataclass
@@ -138,6 +140,7 @@ class OneStep(Evaluation):
         self.at_block = at_block
         self.attention = attention_for(like.device, like.dtype)
         self.memory = Memory()
+        self._outbox = Outbox(like.device, "what FlashVSR keeps in host memory")
 
     def __call__(
         self,
@@ -152,18 +155,20 @@ class OneStep(Evaluation):
             conditioning: the low-quality frames' tokens of a latent frame [h / 2, w / 2, C]; asked
                 for every frame once, in order.
         """
-        for piece, last in _pieces(chunks, self.places.chunks):
-            slots = [
-                [self._embedded(first, noise, conditioning) for first in range(*span, SLOT)]
-                for span in ((chunk.first, chunk.stop) for chunk in piece)
-            ]
-            for index, block in enumerate(wan.blocks(self.net)):
-                for chunk_slots in slots:
-                    self.at_block()
-                    self._evaluate(index, block, chunk_slots)
-                self._put_away(index, last)
-            for slot in (slot for chunk_slots in slots for slot in chunk_slots):
-                yield slot.first, self._denoised(slot)
+        with self._outbox:
+            for piece, last in _pieces(chunks, self.places.chunks):
+                slots = [
+                    [self._embedded(first, noise, conditioning) for first in range(*span, SLOT)]
+                    for span in ((chunk.first, chunk.stop) for chunk in piece)
+                ]
+                self._outbox.settle()
+                for index, block in enumerate(wan.blocks(self.net)):
+                    for chunk_slots in slots:
+                        self.at_block()
+                        self._evaluate(index, block, chunk_slots)
+                    self._put_away(index, last)
+                for slot in (slot for chunk_slots in slots for slot in chunk_slots):
+                    yield slot.first, self._denoised(slot)
 
     # --- Ends ---------------------------------------------------------------------------------
 
@@ -180,7 +185,7 @@ class OneStep(Evaluation):
                 latent = own[:, :, :, i * LATENT_ROWS : (i + 1) * LATENT_ROWS].to(self.like)
                 embedded = wan.embed(self.net, latent).view(SLOT, SIDE, -1, dim)
                 added = embedded + shown[:, i * SIDE : (i + 1) * SIDE]
-                tokens[i * row.count : (i + 1) * row.count] = row.to_blocks(added)
+                tokens.write(slice(i * row.count, (i + 1) * row.count), row.to_blocks(added))
 
         in_chunks(range(1, self.grid.rows + 1), ChunkSize(1), compute)
         return Slot(first, own, tokens)
@@ -191,7 +196,7 @@ class OneStep(Evaluation):
 
         def compute(start: int, stop: int) -> None:
             for i in range(start, stop):
-                blocks = slot.tokens[i * row.count : (i + 1) * row.count].to(self.like.device)
+                blocks = slot.tokens.read(slice(i * row.count, (i + 1) * row.count))
                 for t, tokens in enumerate(row.to_raster(blocks)):
                     velocity = wan.head(
                         self.net, tokens.flatten(0, 1)[None], self.time, tokens.shape[1]
@@ -209,16 +214,19 @@ class OneStep(Evaluation):
         rows = wan.modulation(block, self.modulation[0])
         remembered = self.memory.of(index)
         remembered += [self._projected(block, slot, rows) for slot in slots]
+        self._outbox.settle()
 
         def attend(start: int, stop: int) -> None:
             for head in range(start, stop):
                 self._attend(head, slots, remembered)
 
         in_chunks(range(1, self.heads + 1), ChunkSize(1), attend)
+        self._outbox.settle()
         del remembered[: self.sparsity.forgotten(len(remembered))]
         for slot in slots:
             self._finish(block, slot, rows)
             slot.queries = None
+        self._outbox.settle()
 
     def _projected(self, block: Any, slot: Slot, rows: wan.Modulation) -> Keys:
         """Queries, keys and values of a slot."""
@@ -237,7 +245,7 @@ class OneStep(Evaluation):
                 (values, wan.values(block, y)),
             )
             for store, part in made:
-                store[:, start:stop] = self.by_head(part)
+                store.write((slice(None), slice(start, stop)), self.by_head(part))
 
         self._over_blocks(compute)
         slot.queries = queries
@@ -245,30 +253,29 @@ class OneStep(Evaluation):
 
     def _attend(self, head: int, slots: list[Slot], remembered: list[Keys]) -> None:
         """One head of a chunk; the queries of each slot are overwritten with what they attended."""
-        device = self.like.device
         k, v = (
-            torch.cat([part[head].to(device) for part in parts])
+            torch.cat([part.read(head) for part in parts])
             for parts in zip(*((slot.keys, slot.values) for slot in remembered), strict=True)
         )
         means, attended = pooled(k), []
         for slot in slots:
             assert slot.queries is not None
-            q = slot.queries[head].to(device)
+            q = slot.queries.read(head)
             kept = self.chosen(q, means)
-            attended.append(self.attention(q, k, v, kept, self.chunk))
+            attended.append(self.attention(q, k, v, kept, self.chunk).contiguous())
         for slot, values in zip(slots, attended, strict=True):  # last: a head may be repeated
             assert slot.queries is not None
-            slot.queries[head] = values
+            slot.queries.write(head, values)
 
     def _finish(self, block: Any, slot: Slot, rows: wan.Modulation) -> None:
         """The rest of a block on one slot."""
 
         def compute(start: int, stop: int) -> None:
             assert slot.queries is not None
-            attended = self.to_tokens(slot.queries[:, start:stop].to(self.like.device))
+            attended = self.to_tokens(slot.queries.read((slice(None), slice(start, stop))))
             x = self._read(slot.tokens, start, stop)
             x = self.after_attention(block, x, attended, rows)
-            slot.tokens[start:stop] = x.view(stop - start, TOKENS, -1)
+            slot.tokens.write(slice(start, stop), x.view(stop - start, TOKENS, -1))
 
         self._over_blocks(compute)
 
@@ -283,16 +290,29 @@ class OneStep(Evaluation):
             del self.memory.of_blocks[index]
         elif self.places.keys_on_device and not self.places.keys_stay:
             for slot in self.memory.of(index):
-                slot.keys, slot.values = slot.keys.cpu(), slot.values.cpu()
+                slot.keys, slot.values = self._on_host(slot.keys), self._on_host(slot.values)
 
-    def _room(self, on_device: bool, shape: tuple[int, ...]) -> Tensor:
-        """An uninitialised tensor on the device, or in host memory where there is no room."""
+    def _on_host(self, parts: Parts) -> Parts:
+        """A copy in host memory, head by head, of what is on the device."""
+        if isinstance(parts, HostParts):
+            return parts
+        heads = [parts.read(head) for head in range(self.heads)]
+        kept = HostParts((self.heads, *heads[0].shape), self.like.dtype, self._outbox)
+        for head, values in enumerate(heads):
+            kept.write(head, values)
+        self._outbox.settle()  # the device's room is wanted now
+        return kept
+
+    def _room(self, on_device: bool, shape: tuple[int, ...]) -> Parts:
+        """Uninitialised, on the device, or in host memory where there is no room."""
         made = management.empty_if_it_fits(self.like, shape) if on_device else None
-        return torch.empty(shape, dtype=self.like.dtype) if made is None else made
+        if made is None:
+            return HostParts(shape, self.like.dtype, self._outbox)
+        return DeviceParts(made)
 
-    def _read(self, tokens: Tensor, start: int, stop: int) -> Tensor:
+    def _read(self, tokens: Parts, start: int, stop: int) -> Tensor:
         """Blocks start to stop as tokens [1, n, C] on the device."""
-        return tokens[start:stop].to(self.like.device).flatten(0, 1)[None]
+        return tokens.read(slice(start, stop)).flatten(0, 1)[None]
 
     def _over_blocks(self, compute: Callable[[int, int], None]) -> None:
         in_chunks(range(TOKENS, (self.grid.count + 1) * TOKENS, TOKENS), self.chunk, compute)

@@ -21,6 +21,12 @@ from atlasvid.engine.comfyui import management, models
 from atlasvid.engine.device import copies, outbox
 from atlasvid.engine.device.chunks import ChunkSize
 from atlasvid.engine.families import fused
+from atlasvid.engine.flashvsr import transformer
+from atlasvid.engine.flashvsr.blocks import BlockGrid
+from atlasvid.engine.flashvsr.memory import Places
+from atlasvid.engine.flashvsr.schedule import Schedule
+from atlasvid.engine.flashvsr.selection import Sparsity
+from atlasvid.engine.flashvsr.transformer import OneStep
 from atlasvid.engine.geometry.grid import Grid
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -201,3 +207,46 @@ def test_a_forward_stays_on_its_devices(
     for pairs in run.guide_keys.values():
         places = {tensor.device.type for pair in pairs for tensor in pair}
         assert places == {"cuda" if guide == "device" else "cpu"}
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        Places(1, True, True, True, True, 512),
+        Places(2, False, True, True, False, 512),
+        Places(2, False, False, False, False, 512),
+    ],
+    ids=["on the device", "tokens on the host", "keys on the host"],
+)
+def test_flashvsr_stays_on_its_devices(card, places, monkeypatch):
+    def attend(q, k, v, kept, chunk):
+        mask = (
+            kept[:, None, :, None].expand(-1, q.shape[1], -1, k.shape[1]).flatten(2).flatten(0, 1)
+        )
+        flat = (x.flatten(0, 1)[None] for x in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(*flat, attn_mask=mask)
+        return out[0].view_as(q)
+
+    monkeypatch.setattr(transformer, "attention_for", lambda *_: attend)
+    waits = Waits()
+    for name in ("_projected", "_attend", "_finish"):
+        part = getattr(OneStep, name)
+
+        def watched(self, *args, part=part):
+            with waits:
+                return part(self, *args)
+
+        monkeypatch.setattr(OneStep, name, watched)
+    net = models.build_wan(dim=256, ffn_dim=512, num_heads=2, num_layers=2, text_dim=4096)
+    grid, schedule = BlockGrid(2, 2), Schedule(29)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        on_card(net)
+        like = torch.empty(0, dtype=torch.bfloat16, device=CARD)
+        step = OneStep(net, torch.empty(1, 7, 4096), like, grid, Sparsity(), places)
+        stock = comfy.ldm.modules.attention.attention_pytorch
+        step.options["optimized_attention_override"] = lambda _, *args, **kw: stock(*args, **kw)
+        shown = torch.empty(16, 16, 256, dtype=torch.bfloat16, device=CARD)
+        latents = list(step(schedule.chunks(), lambda t: torch.empty(16, 32, 32), lambda t: shown))
+    assert all(latent.device.type == "cpu" for _, latent in latents)
+    assert len(latents) == schedule.latent_frames // 2
+    assert not waits.found, "the card runs dry while the computer waits for it"

@@ -1,8 +1,11 @@
 """FlashVSR's transformer against the published method written out densely."""
 
+import time
+
 import pytest
 import torch
 from atlasvid.engine.comfyui import models
+from atlasvid.engine.device.outbox import Outbox
 from atlasvid.engine.families.tiny import wan_state
 from atlasvid.engine.flashvsr import transformer
 from atlasvid.engine.flashvsr.blocks import BlockGrid
@@ -95,6 +98,21 @@ def test_every_order_of_work_gives_the_same_bits(small, places):
     noise, shown = inputs(grid, 14)
     streamed = evaluated(small, grid, sparsity, noise, shown)
     assert torch.equal(evaluated(small, grid, sparsity, noise, shown, places), streamed)
+
+
+def test_late_results_are_waited_for(small, monkeypatch):
+    """What goes to host memory arrives after the next work has begun."""
+    take = Outbox._take
+
+    def late(self, *args):
+        time.sleep(0.003)
+        take(self, *args)
+
+    monkeypatch.setattr(Outbox, "_take", late)
+    grid, sparsity = BlockGrid(1, 2), Sparsity(0.5, 2.0, 3)
+    noise, shown = inputs(grid, 10)
+    streamed = evaluated(small, grid, sparsity, noise, shown)
+    assert torch.equal(evaluated(small, grid, sparsity, noise, shown, HOST), streamed)
 
 
 def test_a_longer_clip_begins_like_a_shorter_one(small):
