@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..comfyui import management
-from ..vae.sources import FileFrames, FrameSource
+from ..vae.sources import FrameSource
 from .blocks import PIXELS
 from .schedule import Schedule
 
@@ -105,12 +105,15 @@ class Footage:
 
     @classmethod
     def of(cls, source: FrameSource) -> Footage:
-        """Reads a file once to count: containers only estimate, and name the size before rotation.
+        """Reads once what is not in memory.
+
+        Of a file, containers only estimate the count, and name the size before rotation. A clip
+        that is yet to be decoded is then kept: its VAE does not come between our models later.
 
         Raises:
             ValueError: there are no frames.
         """
-        if not isinstance(source, FileFrames):
+        if source.in_memory:
             return cls(source, source.frames, source.size)
         frames, size = 0, (0, 0)
         for batch in source.batches():

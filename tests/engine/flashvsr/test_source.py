@@ -1,6 +1,7 @@
 """Low-quality frames against plain PIL, and their bounded window."""
 
 import struct
+from fractions import Fraction
 
 import flashvsr_reference as reference
 import numpy as np
@@ -13,9 +14,13 @@ from atlasvid.engine.flashvsr.source import (
     Upscale,
     padded_size,
 )
+from atlasvid.engine.vae.decode import TiledDecoder
 from atlasvid.engine.vae.sources import frame_source
+from atlasvid.engine.vae.video import StreamedVideo
 from clips import render
 from comfy_api.latest import InputImpl
+from wan import rand
+from wan_vaes import wan21_vae
 
 
 def levels(frames, height, width, seed=0):
@@ -133,6 +138,17 @@ def test_a_file_is_counted_and_read_in_parts(tmp_path, monkeypatch):
     for first in range(0, 40, 4):
         numbers = torch.arange(first, first + 4).clamp(max=36)
         assert (source.pictures(first, first + 4) - expected[numbers]).abs().max() < 1e-6
+
+
+def test_a_clip_that_is_decoded_when_it_is_read_is_decoded_before(monkeypatch):
+    """Later, its VAE would come between the models of the up-scaling."""
+    video = StreamedVideo(TiledDecoder(wan21_vae(), rand(1, 16, 2, 4, 4)), Fraction(16))
+    footage = Footage.of(frame_source(video))
+    assert (footage.frames, footage.size) == (5, (32, 32))
+    monkeypatch.setattr(TiledDecoder, "tiles", lambda *_: 1 / 0)
+    for _ in range(2):  # for the transformer and for the decoder
+        source = LowQuality(footage, Upscale.by((32, 32), 4))
+        assert source.frames(0, source.frames_in_all - 1).shape == (24, 3, 128, 128)
 
 
 def test_a_lying_clip_is_read_upright(tmp_path):
