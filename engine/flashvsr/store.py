@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 from contextlib import suppress
 from pathlib import Path
@@ -12,17 +13,33 @@ from torch import Tensor
 
 from ..vae.scratch import full_disk_named, require_space, scratch_name, sweep
 
+_mapped: set[Path] = set()
+"""Files of this process that could not be removed while their tensors live, as on Windows."""
+
+
+def _remove_released() -> None:
+    """Remove the files whose tensors are gone."""
+    for path in tuple(_mapped):
+        with suppress(OSError):  # still mapped
+            path.unlink(missing_ok=True)
+            _mapped.discard(path)
+
+
+atexit.register(_remove_released)
+
 
 class LatentFile:
     """Takes a float32 latent [1, C, T, h, w] a few frames at a time, and gives it as one tensor.
 
     Written by plain writes and mapped when it is whole: its pages never count as memory that
-    cannot be given up. The file goes with the tensor, or when writing fails.
+    cannot be given up. The file goes with the tensor, or when writing fails; where the system
+    removes no file that is mapped, when the next is made or the process ends.
     """
 
     def __init__(self, folder: Path, shape: tuple[int, int, int, int, int]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         sweep(folder)
+        _remove_released()
         require_space(folder, 4 * math.prod(shape), "The latent of this clip")
         self.shape = shape
         self.path = folder / scratch_name(".latent")
@@ -55,6 +72,6 @@ class LatentFile:
             str(self.path), shared=False, size=math.prod(self.shape), dtype=torch.float32
         )
         self._kept = True
-        with suppress(OSError):  # Windows: mapped files stay until ComfyUI empties its temp folder
-            self.path.unlink()  # the mapping keeps the content alive
+        _mapped.add(self.path)
+        _remove_released()  # the mapping keeps the content alive
         return flat.view(self.shape)

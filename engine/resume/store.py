@@ -27,6 +27,8 @@ FOLDER = "atlasvid_renders"
 KEY = "atlasvid_render"
 """Metadata key; its value is JSON."""
 FACTS = "render.safetensors"
+_FACTS_FILE = threading.Lock()
+"""Held while facts are read or replaced: Windows replaces no file that is open."""
 RENDER_ID = re.compile(r"[0-9a-f]{32}")
 ANSWER = re.compile(r"(?P<step>\d{5})-(?P<key>[0-9a-f]{32})\.safetensors")
 
@@ -125,13 +127,14 @@ class Render:
             OSError, SafetensorError: it could not be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        _save(self.folder / FACTS, {}, asdict(facts))
+        with _FACTS_FILE:
+            _save(self.folder / FACTS, {}, asdict(facts))
 
     @property
     def facts(self) -> Facts | None:
         """What was said of it, or None where that cannot be read."""
         try:
-            with safe_open(self.folder / FACTS, framework="pt") as file:
+            with _FACTS_FILE, safe_open(self.folder / FACTS, framework="pt") as file:
                 given = json.loads((file.metadata() or {})[KEY])
             return Facts(**{**given, "size": tuple(given["size"])})
         except (SafetensorError, OSError, KeyError, ValueError, TypeError):

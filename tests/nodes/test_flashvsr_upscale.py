@@ -1,6 +1,7 @@
 """AtlasVid FlashVSR from files to frames, against the published method computed densely."""
 
 from argparse import Namespace
+from pathlib import Path
 
 import comfy.latent_formats
 import flashvsr_reference as reference
@@ -13,6 +14,7 @@ from atlasvid.engine.flashvsr.blocks import BlockGrid
 from atlasvid.engine.flashvsr.files import PUBLISHED_BYTES, ROLES, projection_shapes
 from atlasvid.engine.flashvsr.noise import placed_noise
 from atlasvid.engine.flashvsr.schedule import Schedule
+from atlasvid.engine.flashvsr.store import LatentFile
 from atlasvid.engine.vae import scratch
 from atlasvid.nodes.flashvsr import AtlasVidFlashVSR, AtlasVidFlashVSRLoader
 from flashvsr_dit_reference import DenseFlashVSR, tokens_of_frames
@@ -326,6 +328,26 @@ def test_a_decoder_that_is_not_there_is_named_before_the_work(folder):
         with pytest.raises(ValueError, match=message):
             AtlasVidFlashVSR.execute(without, images(1, 32, 32), 4.0, 0, decoder, "off")
     assert not list(folder.parent.glob("temp/*"))
+
+
+def test_where_mapped_files_cannot_be_removed_the_next_latent_removes_them(tmp_path, monkeypatch):
+    """As on Windows."""
+    unlink, living = Path.unlink, set()
+
+    def refusing(path, missing_ok=False):
+        if path in living:
+            raise PermissionError(f"{path} is in use")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refusing)
+    for i in range(3):
+        with LatentFile(tmp_path, (1, 16, 2, 4, 4)) as file:
+            file.write(0, torch.full((1, 16, 2, 4, 4), float(i)))
+            living.add(file.path)
+            latent = file.tensor()
+        assert latent.unique().tolist() == [i]
+        assert list(tmp_path.iterdir()) == [file.path]
+        living.clear()  # its tensor is released
 
 
 def test_an_upscaled_clip_leaves_no_file_behind(folder):

@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -85,6 +87,29 @@ def test_room_is_made_by_the_oldest_finished_render_first():
     assert left() == {IDS[0], IDS[2], IDS[3]}, "the oldest finished one goes first"
     assert store.make_room(one, 2 * one, 0)
     assert left() == {IDS[3]}, "then the other finished one, then the oldest"
+
+
+def test_facts_are_replaced_only_while_nobody_reads_them(monkeypatch):
+    """Windows replaces no file that is open: a list asked for while rendering."""
+    made, opened, reading = render(0), store.safe_open, threading.Event()
+    events = []
+
+    @contextmanager
+    def slowly(path, **options):
+        with opened(path, **options) as file:
+            reading.set()
+            time.sleep(0.2)
+            yield file
+        events.append("read")
+
+    monkeypatch.setattr(store, "safe_open", slowly)
+    asked = threading.Thread(target=store.listing)
+    asked.start()
+    assert reading.wait(5)
+    made.set_facts(Facts("render 0", 9, SHAPE))
+    events.append("replaced")
+    asked.join()
+    assert events == ["read", "replaced"]
 
 
 def test_what_a_prompt_works_on_does_not_go():
