@@ -206,6 +206,7 @@ class LoraStage:
         clips: drawn videos.
         width, height, frames: of a video.
         arguments: of tools/train.py.
+        wide_share: of the videos that show the wide view.
     """
 
     clips: int
@@ -214,6 +215,7 @@ class LoraStage:
     frames: int
     steps: int
     arguments: tuple[str, ...]
+    wide_share: float = 0.5
 
 
 LORAS = {
@@ -224,7 +226,8 @@ LORAS = {
         65,
         1400,
         # Where things go is decided at high noise levels: a larger shift than the model's own.
-        ("--seconds", "4", "--accumulate", "4", "--learning-rate", "0.0015", "--shift", "4"),
+        ("--seconds", "4", "--accumulate", "4", "--learning-rate", "0.0015", "--shift", "8"),
+        wide_share=1.0,  # a proxy shows all of the picture
     ),
     "guide": LoraStage(
         28,
@@ -263,7 +266,8 @@ def train_lora(name: str) -> Callable[[Work], None]:
             if path.with_suffix(".txt").exists():
                 continue
             rng = np.random.default_rng(70_000 + i)
-            clip, caption = random_clip(rng, recipe.width, recipe.height, recipe.frames)
+            size = recipe.width, recipe.height, recipe.frames
+            clip, caption = random_clip(rng, *size, wide_share=recipe.wide_share)
             write_video(path, clip)
             path.with_suffix(".txt").write_text(caption)
         files = work.folder / FILES

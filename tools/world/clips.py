@@ -13,9 +13,14 @@ WIDTH, HEIGHT, FRAMES = 192, 128, 17
 
 
 def random_clip(
-    rng: np.random.Generator, width: int, height: int, frames: int = FRAMES, stride: int = 1
+    rng: np.random.Generator,
+    width: int,
+    height: int,
+    frames: int = FRAMES,
+    stride: int = 1,
+    wide_share: float = 0.5,
 ) -> tuple[Tensor, str]:
-    """A clip [3, T, H, W] in -1..1 and its caption; half of them show the wide view.
+    """A clip [3, T, H, W] in -1..1 and its caption; `wide_share` of them show the wide view.
 
     A word for how close it is seen stands in two of three captions.
     """
@@ -23,7 +28,7 @@ def random_clip(
     last = (frames - 1) * stride / FPS
     start = rng.uniform(0, max(SPAN - last, 0))
     times = start + np.arange(frames) * stride / FPS
-    wide = rng.random() < 0.5
+    wide = rng.random() < wide_share
     if wide:
         view = View(width, height)
     else:
