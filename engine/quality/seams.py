@@ -110,13 +110,23 @@ class SeamMeter:
 
     Args:
         axis: 0 for seams along horizontal lines, 1 for vertical ones.
+        cautious: of an even number of cuts the lower middle one counts, for videos without a truth:
+            a horizon that lies on one of two cuts is then none.
 
     Raises:
         ValueError: see `row_seams`.
     """
 
-    def __init__(self, lines: Lines, axis: int, segment: int = SEGMENT, reach: int = REACH):
+    def __init__(
+        self,
+        lines: Lines,
+        axis: int,
+        segment: int = SEGMENT,
+        reach: int = REACH,
+        cautious: bool = False,
+    ):
         self.lines, self.axis = lines, axis
+        self._cautious = cautious
         self._segment, self._reach = segment, reach
         self._positions = _comparable(lines, reach)
         self._sums: Tensor | None = None
@@ -131,13 +141,13 @@ class SeamMeter:
         sums = torch.stack([energies, steps.abs().flatten(1).mean(1)])
         self._sums = sums if self._sums is None else self._sums + sums
         self._frames += 1
-        return _score(sums[0], sums[1], self._positions, self.lines)
+        return _score(sums[0], sums[1], self._positions, self.lines, self._cautious)
 
     def score(self) -> SeamScore:
         """Of all frames so far, one or more."""
         assert self._sums is not None
         energies, roughness = self._sums / self._frames
-        return _score(energies, roughness, self._positions, self.lines)
+        return _score(energies, roughness, self._positions, self.lines, self._cautious)
 
     def heights(self, frame: Tensor) -> dict[int, list[float]]:
         """The steps of a frame's segments in grey levels, beyond what is usual, by cut."""
@@ -173,7 +183,13 @@ def _comparable(lines: Lines, reach: int) -> list[int]:
     return [p for p in sorted((*lines.cuts, *lines.others)) if room <= p <= lines.length - room]
 
 
-def _score(energies: Tensor, roughness: Tensor, positions: list[int], lines: Lines) -> SeamScore:
+def _score(
+    energies: Tensor,
+    roughness: Tensor,
+    positions: list[int],
+    lines: Lines,
+    cautious: bool = False,
+) -> SeamScore:
     """Compare the values [lines] of cuts with those beside them."""
     cuts, others = (
         [i for i, p in enumerate(positions) if (p in chosen)]
@@ -186,9 +202,9 @@ def _score(energies: Tensor, roughness: Tensor, positions: list[int], lines: Lin
             f"Windows end at every token border of an axis of length {lines.length}: there is "
             "nothing to compare seams with. Use windows of more than 2 tokens."
         )
-    excess = _median(energies[cuts] - _beside(energies, cuts, others))
+    excess = _median(energies[cuts] - _beside(energies, cuts, others), cautious)
     base = _beside(roughness, cuts, others)
-    ratio = _median((roughness[cuts] + NOTHING) / (base + NOTHING))
+    ratio = _median((roughness[cuts] + NOTHING) / (base + NOTHING), cautious)
     return SeamScore(signed_root(excess), ratio, len(cuts))
 
 
@@ -201,8 +217,9 @@ def _beside(values: Tensor, cuts: list[int], others: list[int]) -> Tensor:
     return torch.stack(means)
 
 
-def _median(values: Tensor) -> float:
-    return float(values.double().quantile(0.5))
+def _median(values: Tensor, lower: bool) -> float:
+    between = "lower" if lower else "linear"
+    return float(values.double().quantile(0.5, interpolation=between))
 
 
 def signed_root(value: float) -> float:
