@@ -199,13 +199,21 @@ def write_files(work: Work) -> None:
 
 
 @dataclass(frozen=True)
+class LoraRun:
+    """A run of tools/train.py, and its arguments beside those of every run."""
+
+    steps: int
+    arguments: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class LoraStage:
     """A LoRA that the pack's own trainer makes from drawn videos.
 
     Args:
         clips: drawn videos.
         width, height, frames: of a video.
-        arguments: of tools/train.py.
+        runs: each begins with what the one before it made.
         wide_share: of the videos that show the wide view.
     """
 
@@ -213,20 +221,23 @@ class LoraStage:
     width: int
     height: int
     frames: int
-    steps: int
-    arguments: tuple[str, ...]
+    runs: tuple[LoraRun, ...]
     wide_share: float = 0.5
 
 
+PROXY_CLIPS = ("--seconds", "4", "--accumulate", "4")
 LORAS = {
     "proxy": LoraStage(
         280,
         WIDTH,
         HEIGHT,
         65,
-        1400,
-        # Where things go is decided at high noise levels: a larger shift than the model's own.
-        ("--seconds", "4", "--accumulate", "4", "--learning-rate", "0.0015", "--shift", "8"),
+        (
+            # Where things go is decided at high noise levels: a larger shift than the model's own.
+            LoraRun(1400, (*PROXY_CLIPS, "--learning-rate", "0.0015", "--shift", "8")),
+            # What they leave behind is painted at lower ones.
+            LoraRun(700, (*PROXY_CLIPS, "--learning-rate", "0.001", "--shift", "3", "--seed", "1")),
+        ),
         wide_share=1.0,  # a proxy shows all of the picture
     ),
     "guide": LoraStage(
@@ -234,8 +245,12 @@ LORAS = {
         2 * WIDTH,
         2 * HEIGHT,
         17,
-        250,
-        ("--seconds", "1", "--proxy-short-side", str(HEIGHT), "--learning-rate", "0.001"),
+        (
+            LoraRun(
+                250,
+                ("--seconds", "1", "--proxy-short-side", str(HEIGHT), "--learning-rate", "0.001"),
+            ),
+        ),
     ),
 }
 
@@ -270,26 +285,30 @@ def train_lora(name: str) -> Callable[[Work], None]:
             clip, caption = random_clip(rng, *size, wide_share=recipe.wide_share)
             write_video(path, clip)
             path.with_suffix(".txt").write_text(caption)
-        files = work.folder / FILES
-        command = [sys.executable, str(TOOLS / "train.py"), name, "--clips", str(folder)]
-        for flag, value in (
-            ("model", files / "tiny_world_t2v.safetensors"),
-            ("vae", files / "tiny_world_vae.safetensors"),
-            ("text-encoder", "tiny"),
-            ("width", recipe.width),
-            ("height", recipe.height),
-            ("steps", work.steps or recipe.steps),
-            ("shift", 2.5),
-            ("precision", "bf16"),
-            ("cuts-per-clip", 1),
-            ("save-every", 100),
-            ("name", f"tiny_world_{name}_lora"),
-            ("output", files),
-            ("work", work.folder / "loras"),
-        ):
-            command += [f"--{flag}", str(value)]
-        command += ["--cpu"] if work.device.type == "cpu" else []
-        subprocess.run([*command, *recipe.arguments], check=True)
+        files, begun = work.folder / FILES, ""
+        for number, run in enumerate(recipe.runs, 1):
+            lora = f"tiny_world_{name}_lora" + (f"_{number}" if number < len(recipe.runs) else "")
+            command = [sys.executable, str(TOOLS / "train.py"), name, "--clips", str(folder)]
+            for flag, value in (
+                ("model", files / "tiny_world_t2v.safetensors"),
+                ("vae", files / "tiny_world_vae.safetensors"),
+                ("text-encoder", "tiny"),
+                ("width", recipe.width),
+                ("height", recipe.height),
+                ("steps", work.steps or run.steps),
+                ("shift", 2.5),
+                ("precision", "bf16"),
+                ("cuts-per-clip", 1),
+                ("save-every", 100),
+                ("name", lora),
+                ("output", files),
+                ("work", work.folder / "loras"),
+            ):
+                command += [f"--{flag}", str(value)]
+            command += ["--cpu"] if work.device.type == "cpu" else []
+            command += ["--init", str(files / f"{begun}.safetensors")] if begun else []
+            subprocess.run([*command, *run.arguments], check=True)
+            begun = lora
 
     return stage
 
