@@ -165,7 +165,7 @@ class _Meters:
         self.lines = layout_lines(layout)
         spatial = (self.lines.all_blocks.rows, self.lines.all_blocks.columns)
         self.seams = [
-            SeamMeter(lines, axis, cautious=True)
+            SeamMeter(lines, axis)
             for axis, lines in enumerate(spatial)
             if lines.cuts and lines.others
         ]

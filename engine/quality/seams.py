@@ -110,23 +110,13 @@ class SeamMeter:
 
     Args:
         axis: 0 for seams along horizontal lines, 1 for vertical ones.
-        cautious: of an even number of cuts the lower middle one counts, for videos without a truth:
-            a horizon that lies on one of two cuts is then none.
 
     Raises:
         ValueError: see `row_seams`.
     """
 
-    def __init__(
-        self,
-        lines: Lines,
-        axis: int,
-        segment: int = SEGMENT,
-        reach: int = REACH,
-        cautious: bool = False,
-    ):
+    def __init__(self, lines: Lines, axis: int, segment: int = SEGMENT, reach: int = REACH):
         self.lines, self.axis = lines, axis
-        self._cautious = cautious
         self._segment, self._reach = segment, reach
         self._positions = _comparable(lines, reach)
         self._sums: Tensor | None = None
@@ -141,13 +131,13 @@ class SeamMeter:
         sums = torch.stack([energies, steps.abs().flatten(1).mean(1)])
         self._sums = sums if self._sums is None else self._sums + sums
         self._frames += 1
-        return _score(sums[0], sums[1], self._positions, self.lines, self._cautious)
+        return _score(sums[0], sums[1], self._positions, self.lines)
 
     def score(self) -> SeamScore:
         """Of all frames so far, one or more."""
         assert self._sums is not None
         energies, roughness = self._sums / self._frames
-        return _score(energies, roughness, self._positions, self.lines, self._cautious)
+        return _score(energies, roughness, self._positions, self.lines)
 
     def heights(self, frame: Tensor) -> dict[int, list[float]]:
         """The steps of a frame's segments in grey levels, beyond what is usual, by cut."""
@@ -183,13 +173,7 @@ def _comparable(lines: Lines, reach: int) -> list[int]:
     return [p for p in sorted((*lines.cuts, *lines.others)) if room <= p <= lines.length - room]
 
 
-def _score(
-    energies: Tensor,
-    roughness: Tensor,
-    positions: list[int],
-    lines: Lines,
-    cautious: bool = False,
-) -> SeamScore:
+def _score(energies: Tensor, roughness: Tensor, positions: list[int], lines: Lines) -> SeamScore:
     """Compare the values [lines] of cuts with those beside them."""
     cuts, others = (
         [i for i, p in enumerate(positions) if (p in chosen)]
@@ -202,9 +186,9 @@ def _score(
             f"Windows end at every token border of an axis of length {lines.length}: there is "
             "nothing to compare seams with. Use windows of more than 2 tokens."
         )
-    excess = _median(energies[cuts] - _beside(energies, cuts, others), cautious)
+    excess = _median(energies[cuts] - _beside(energies, cuts, others))
     base = _beside(roughness, cuts, others)
-    ratio = _median((roughness[cuts] + NOTHING) / (base + NOTHING), cautious)
+    ratio = _median((roughness[cuts] + NOTHING) / (base + NOTHING))
     return SeamScore(signed_root(excess), ratio, len(cuts))
 
 
@@ -217,9 +201,8 @@ def _beside(values: Tensor, cuts: list[int], others: list[int]) -> Tensor:
     return torch.stack(means)
 
 
-def _median(values: Tensor, lower: bool) -> float:
-    between = "lower" if lower else "linear"
-    return float(values.double().quantile(0.5, interpolation=between))
+def _median(values: Tensor) -> float:
+    return float(values.double().quantile(0.5))
 
 
 def signed_root(value: float) -> float:

@@ -69,21 +69,6 @@ def test_a_seam_is_found_with_its_height(video, proxy, axis, overlap):
     assert np.median([step for steps in heights.values() for step in steps]) > 2.5
 
 
-def test_a_horizon_on_one_of_two_borders_is_no_seam(video):
-    """Painted anew, it is not the proxy's; of two borders it would count for half."""
-    plan = plan_of((5, 24, 48), (2, 6, 12), stride=4)
-    lines = layout_lines(Layout(plan, WINDOW)).all_blocks.rows
-    assert len(lines.cuts) == 2
-    cropped = video[:5, : plan.height]
-    proxy = torch.stack([shrink(frame, (48, 96)) for frame in cropped[::4]])
-    for cut in lines.cuts:
-        horizon = cropped + up_and_down(lines.length, [cut], 40.0).view(-1, 1, 1)
-        assert abs(measure_video(horizon, plan, WINDOW, proxy=proxy).overall["borders"]) < 1
-    seamed = cropped + up_and_down(lines.length, lines.cuts, 4.0).view(-1, 1, 1)
-    report = measure_video(seamed, plan, WINDOW, proxy=proxy)
-    assert report.overall["borders"] == pytest.approx(4.0, abs=0.6)
-
-
 def test_flicker_is_found_with_its_size_though_nobody_knows_the_motion(video, proxy):
     signs = torch.tensor([1.0, -1.0]).repeat(4).view(-1, 1, 1, 1)
     report = measure_video(video[:8] + 2 / 255 * signs, PLAN, WINDOW, proxy=proxy)
