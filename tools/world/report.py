@@ -48,7 +48,7 @@ def complete(rows: Rows) -> Rows:
 
 def write(rows: Rows) -> None:
     """The report of all comparisons that the rows hold."""
-    names = list(dict.fromkeys(name for name, _, _ in rows))
+    names = sorted({name for name, _, _ in rows}, key=lambda name: (name == "proxies", name))
     parts = [_head()]
     with (RESULTS / "quality.jsonl").open("w", encoding="utf-8") as out:
         for (name, method, seed), scores in rows.items():
