@@ -46,7 +46,7 @@ class Method:
     weight_factor: float | None = None
     guide_margin: int = 0
     structure: float = 1.0
-    structure_end: float = 0.6
+    structure_end: float = 1.0
     denoise: float = 0.7
     lora: bool = False
     steps: int = STEPS
@@ -282,7 +282,7 @@ METHODS = (
     replace(FROM_NOISE, name="guide, 16 x ratio", weight_factor=16.0),
     replace(DEFAULT, name="structure alone", guide_weight=0, denoise=1.0),
     replace(DEFAULT, name="0.7 and structure, no guide", guide_weight=0),
-    replace(DEFAULT, name="0.7 and structure, weight 1 (the old default)", guide_weight=1),
+    replace(DEFAULT, name="0.7 and structure, weight 1", guide_weight=1),
     replace(DEFAULT, name="0.7 and structure, 16 x ratio (the default)"),
     replace(DEFAULT, name="the default, close-up prompt, cfg 1", close=True, cfg=1.0),
     TRAINED,
@@ -292,7 +292,7 @@ SETTINGS = (
     DEFAULT,
     *(replace(DEFAULT, name=f"denoise {d}", denoise=d) for d in (0.5, 0.6, 0.8, 1.0)),
     *(replace(DEFAULT, name=f"structure strength {s}", structure=s) for s in (0.0, 0.5, 2.0)),
-    *(replace(DEFAULT, name=f"structure until {e}", structure_end=e) for e in (0.3, 1.0)),
+    *(replace(DEFAULT, name=f"structure until {e}", structure_end=e) for e in (0.3, 0.6)),
     *(replace(DEFAULT, name=f"guide {w:g} x ratio", weight_factor=w) for w in (1.0, 4.0, 64.0)),
     replace(DEFAULT, name="guide margin 2", guide_margin=2),
     replace(DEFAULT, name="clean guide", guide_noise="clean"),
@@ -302,5 +302,5 @@ SETTINGS = (
     replace(DEFAULT, name="close-up prompt", close=True),
     *(replace(DEFAULT, name=f"{n} steps", steps=n) for n in (4, 16)),
 )
-"""One setting at a time; the default is denoise 0.7, structure 1 until 0.6, guide 16 x ratio,
+"""One setting at a time; the default is denoise 0.7, structure 1 until 1.0, guide 16 x ratio,
 cfg 3, the proxy's own prompt, 8 steps."""
