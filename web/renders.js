@@ -11,7 +11,8 @@ const SETTLED_MS = 1500; // after a prompt the server settles what becomes of it
 
 const STYLE = `
 .atlasvid-renders { font: 12px/1.4 sans-serif; color: var(--input-text, #ddd); overflow: auto;
-  background: var(--comfy-input-bg, #222); border-radius: 6px; padding: 6px; box-sizing: border-box; }
+  background: var(--comfy-input-bg, #222); border-radius: 6px; padding: 6px; box-sizing: border-box;
+  contain: size; min-height: ${HEIGHT}px; } /* many renders scroll, they do not stretch the node */
 .atlasvid-renders table { width: 100%; border-collapse: collapse; }
 .atlasvid-renders td { padding: 1px 4px; vertical-align: top; white-space: nowrap; }
 .atlasvid-renders td:first-child { width: 100%; white-space: normal; overflow-wrap: anywhere; }

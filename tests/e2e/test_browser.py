@@ -388,11 +388,17 @@ def test_demo_shows_its_video_in_the_node(desk: Desk) -> None:
     assert not desk.errors
 
 
-def test_kept_renders_are_listed_on_the_node_and_deleted(desk: Desk, server: Any) -> None:
-    folder = server.log.parent / "output" / store.FOLDER / f"{7:032x}"
+def plant_render(server: comfy_server.Server, number: int, name: str) -> store.Render:
+    """A render of which a server kept step 14 of 20."""
+    folder = server.log.parent / "output" / store.FOLDER / f"{number:032x}"
     planted = store.Render(folder)
-    planted.set_facts(store.Facts("a <b>pier</b>", 20, (1, 16, 3, 8, 8)))
+    planted.set_facts(store.Facts(name, 20, (1, 16, 3, 8, 8)))
     planted.write(f"{1:032x}", 14, store.Answer(torch.zeros(300_000), 60.0))
+    return planted
+
+
+def test_kept_renders_are_listed_on_the_node_and_deleted(desk: Desk, server: Any) -> None:
+    planted = plant_render(server, 7, "a <b>pier</b>")
     desk.page.evaluate("(workflow) => app.loadGraphData(workflow)", {"nodes": [], "links": []})
     desk.open(WORKFLOWS["atlasvid_t2v_4k"])
     for row in (desk.page.locator(".atlasvid-renders tr", has_text="pier").nth(i) for i in (0, 1)):
@@ -401,9 +407,23 @@ def test_kept_renders_are_listed_on_the_node_and_deleted(desk: Desk, server: Any
         )
     desk.page.locator(".atlasvid-renders tr", has_text="pier").first.get_by_role("button").click()
     desk.page.locator(".atlasvid-renders tr", has_text="pier").first.wait_for(state="detached")
-    assert not folder.exists()
+    assert not planted.folder.exists()
     assert desk.page.locator(".atlasvid-renders tr", has_text="pier").count() == 0
     assert "renders_view" not in str(desk.prompt())
+    assert not desk.errors
+
+
+def test_many_kept_renders_do_not_stretch_their_node(desk: Desk, server: Any) -> None:
+    planted = [plant_render(server, 100 + i, f"pier {i}, in the rain, by night") for i in range(12)]
+    desk.page.evaluate("(workflow) => app.loadGraphData(workflow)", {"nodes": [], "links": []})
+    desk.open(WORKFLOWS["atlasvid_demo"])
+    rows = desk.page.locator(".atlasvid-renders").first.locator("tr", has_text="in the rain")
+    rows.nth(11).wait_for(state="attached")
+    assert desk.disorder() == []
+    rows.nth(11).scroll_into_view_if_needed()
+    rows.nth(11).get_by_role("button").click(trial=True)  # it can be reached
+    for render in planted:
+        render.delete()
     assert not desk.errors
 
 
