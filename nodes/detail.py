@@ -215,8 +215,8 @@ class AtlasVidStructureGuidance(io.ComfyNode):
             node_id="AtlasVidStructureGuidance",
             display_name="AtlasVid Structure Guidance",
             category=CATEGORY,
-            description="Keeps the target's coarse structure and motion on the proxy's while "
-            "noise is high. Details finer than the proxy are left alone.",
+            description="Keeps the target's coarse structure and motion on the proxy's, most of "
+            "all while noise is high. Details finer than the proxy are left alone.",
             search_aliases=["low pass guidance", "keep composition"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that samples the target."),
@@ -233,11 +233,12 @@ class AtlasVidStructureGuidance(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "end_percent",
-                    default=0.6,
+                    default=1.0,
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Part of the sampling after which the target is left to itself.",
+                    tooltip="Part of the sampling at which the pull has faded out; after it the "
+                    "target is left to itself.",
                 ),
             ],
             outputs=[io.Model.Output("model", tooltip="The model with structure guidance.")],
