@@ -1,9 +1,10 @@
 """Structure guidance: the sample's low frequencies are pulled towards the proxy's.
 
 Method: D <- D + s(sigma) (LP(U) - LP(D)) on the predicted clean latent D, with U the up-scaled
-proxy latent (UltraImageGen's low-pass guidance, here in space and time). LP keeps the cosine modes
-that a grid of the proxy's size can hold, so it is a projection: what lies above the proxy's
-Nyquist frequency is untouched, and no window or border is needed.
+proxy latent (UltraImageGen's low-pass guidance, here in space and time). LP works on cosine modes, so
+no window or border is needed, and lets less of a mode through the finer it is, none at the proxy's
+Nyquist frequency. A sharp cut there would be wrong: a VAE does not encode a picture's fine half
+alike at two sizes, and forced upon the target it is seen as a weave.
 """
 
 from __future__ import annotations
@@ -32,8 +33,14 @@ def cosine_modes(length: int, kept: int) -> Tensor:
     return rows
 
 
+def fall_off(kept: int) -> Tensor:
+    """The share of each mode that passes: 1 for the mean, then a raised cosine, 0 at `kept`."""
+    k = torch.arange(kept, dtype=torch.float64)
+    return 0.5 + 0.5 * torch.cos(math.pi * k / kept)
+
+
 class LowPass:
-    """Analysis and synthesis of the modes of a coarse grid within a fine one.
+    """Analysis and smoothed synthesis of the modes of a coarse grid within a fine one.
 
     Args:
         fine: latent size [T, H, W] of the target.
@@ -42,6 +49,7 @@ class LowPass:
 
     def __init__(self, fine: Grid, coarse: Grid):
         self.modes = [cosine_modes(n, m) for n, m in zip(fine, coarse, strict=True)]
+        self.smooth = [fall_off(len(modes))[:, None] * modes for modes in self.modes]
 
     def analyse(self, x: Tensor) -> Tensor:
         """x [B, C, T, H, W] -> coefficients [B, C, T', H', W'] of the kept modes."""
@@ -51,8 +59,8 @@ class LowPass:
         return torch.einsum("bctij,st->bcsij", x, time)
 
     def synthesise(self, coefficients: Tensor) -> Tensor:
-        """The inverse of `analyse` on what it kept."""
-        time, height, width = (m.to(coefficients) for m in self.modes)
+        """What passes of coefficients of `analyse`: [B, C, T, H, W]."""
+        time, height, width = (m.to(coefficients) for m in self.smooth)
         x = torch.einsum("bcsij,st->bctij", coefficients, time)
         x = torch.einsum("bctij,ih->bcthj", x, height)
         return torch.einsum("bcthj,jw->bcthw", x, width)
@@ -71,7 +79,7 @@ def apply_structure_guidance(
 
     Args:
         proxy: ComfyUI latent [B, C, F_g, H_g, W_g].
-        strength: 0 changes nothing, 1 replaces the low band at sigma 1.
+        strength: 0 changes nothing, 1 replaces all that passes LP at sigma 1.
         end_percent: part of the sampling after which nothing is changed.
 
     Raises:

@@ -1,8 +1,8 @@
 """The proxy's frequency band, and what lies above it.
 
 The border between the two is the proxy's Nyquist frequency. Frames are split into the cosine modes
-that a grid of the proxy's size can hold and the others, as structure guidance does it: a
-projection, so the two parts are orthogonal and their energies add.
+that a grid of the proxy's size can hold and the others: a projection, so the two parts are
+orthogonal and their energies add.
 """
 
 from __future__ import annotations
