@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Iterable, Mapping
 from datetime import date
 from pathlib import Path
@@ -140,7 +141,7 @@ def plot(rows: Rows) -> None:
             mean, half = estimate(values(rows, "main", method, measure))
             axes.errorbar(mean, y, xerr=half, fmt="o", capsize=3, color="#a1309b")
         name, unit, _ = MEASURES[measure]
-        axes.set_title(f"{name}\n{unit}", fontsize=9)
+        axes.set_title(textwrap.fill(f"{name} ({unit})", 28), fontsize=9)
         axes.grid(alpha=0.3)
     panels[0].set_yticks(range(len(methods)), methods, fontsize=9)
     figure.tight_layout()
@@ -183,7 +184,7 @@ def save_contact_sheet(files: list[Path]) -> None:
             axis = axes[(i // columns) * len(scenes) + j][i % columns]
             axis.imshow(scene[method].float().clamp(0, 1).numpy())
             if j == 0:
-                axis.set_title(method, fontsize=9)
+                axis.set_title(method, fontsize=7.5)
     figure.tight_layout(pad=0.3)
     figure.savefig(RESULTS / "quality_sheet.jpg", dpi=90, pil_kwargs={"quality": 88})
     plt.close(figure)
