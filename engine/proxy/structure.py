@@ -1,10 +1,10 @@
 """Structure guidance: the sample's low frequencies are pulled towards the proxy's.
 
 Method: D <- D + s(sigma) (LP(U) - LP(D)) on the predicted clean latent D, with U the up-scaled
-proxy latent (UltraImageGen's low-pass guidance, here in space and time). LP works on cosine modes, so
-no window or border is needed, and lets less of a mode through the finer it is, none at the proxy's
-Nyquist frequency. A sharp cut there would be wrong: a VAE does not encode a picture's fine half
-alike at two sizes, and forced upon the target it is seen as a weave.
+proxy latent (UltraImageGen's low-pass guidance, here in space and time). LP works on cosine modes,
+so no window or border is needed, and lets less of a mode through the finer it is, none at the
+proxy's Nyquist frequency. A sharp cut there would be wrong: a VAE does not encode a picture's fine
+half alike at two sizes, and forced upon the target it is seen as a weave.
 """
 
 from __future__ import annotations
