@@ -71,7 +71,8 @@ def test_a_run_learns_and_its_file_is_a_decoder(samples, tmp_path):
     pair = run.sample(step_generator(0, 0))
     with torch.inference_mode():
         again = decode_clip(decoder, pair.latents, pair.shown)
-        assert torch.equal(again, decode_clip(run.decoder, pair.latents, pair.shown))
+        expected = decode_clip(run.decoder, pair.latents, pair.shown)
+    assert (again - expected).abs().max() < 1e-6  # convolutions may differ with where weights lie
     assert run.path.with_suffix(".png").stat().st_size > 1000
 
 
