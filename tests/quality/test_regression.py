@@ -17,6 +17,7 @@ from atlasvid.engine.families.tiny import trained_family
 from atlasvid.engine.geometry import alignment, windows
 from atlasvid.engine.proxy import structure
 from atlasvid.engine.proxy.latents import upscale_proxy
+from atlasvid.nodes.detail import AtlasVidStructureGuidance
 from PIL import Image
 from world.comparisons import save_report, window_layouts
 from world.judge import Judge
@@ -132,6 +133,13 @@ def test_a_report_of_the_truth_finds_no_seams(cases: list[Case], tmp_path: Path)
     said = save_report(tmp_path / "report.png", case, stepped, layout)
     assert Image.open(tmp_path / "report.png").size == (1600, 1060)
     assert "borders of windows" in said
+
+
+def test_the_default_that_is_judged_is_the_nodes() -> None:
+    inputs = AtlasVidStructureGuidance.define_schema().inputs
+    default = {each.id: each.default for each in inputs if hasattr(each, "default")}
+    assert default["strength"] == DEFAULT.structure
+    assert default["end_percent"] == DEFAULT.structure_end
 
 
 def test_structure_guidance_holds_the_composition(studio: Studio, cases: list[Case]) -> None:
